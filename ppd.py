@@ -1,0 +1,433 @@
+"""PPD, Personalized Preference Fine-tuning of Diffusion Models: the method, in one file.
+
+One frozen text-to-image model serves everybody. A person is a vector u (embed.py makes it from four of their choices).
+UserAdapter turns u into a few tokens and, for every attention layer of Stable Cascade's Stage C, into keys K' and
+values V'; UserAttnProcessor adds attention over them to the layer's own attention (Eq. 7). Only the adapter is trained,
+with ppd_loss (Eq. 6): Diffusion-DPO, conditioned on the person. The reference model is the same network with the user
+branch off, so there is never a second copy of it.
+
+    base = StableCascade("tiny")                          # or a folder in the hub's layout
+    adapter = UserAdapter.load("assets/onehot").install(base.prior)
+    user = load_user("assets/onehot/light.pt")["embedding"][:1, 0]                      # (1, D)
+    with adapter.user(adapter(user)):                     # the person is set inside this block and nowhere else
+        noise_pred = base.predict_noise(x_t, t, *base.encode_prompts(["a red star"]))
+    latents = base.sample(["a red star"], seeds=[0], adapter=adapter, tokens=adapter(user))
+    base.decode(latents)[0].save("star.png")
+
+Read in this order: UserAdapter, UserAttnProcessor, ppd_loss, StableCascade. Equation and section numbers are the paper's.
+"""
+import contextlib
+import io
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import einops
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+TINY = Path(__file__).resolve().parent / "assets" / "tiny"  # what "tiny" means as a base
+
+
+class BadInput(ValueError):
+    """Something from outside (a file, a flag, a row) is wrong. The scripts print it as one line, without traceback."""
+
+
+# --------------------------------------------------------------------------------------- the adapter (Sec. 4.3, Eq. 7)
+class UserAdapter(nn.Module):
+    """User embedding -> user tokens u_t -> K' = u_t W'_k and V' = u_t W'_v for every attention layer of the prior.
+
+    channels: width of each attention layer, in the network's own order. V' starts at zero, so a new adapter changes
+    nothing and the first loss is ln 2. One token would leave K' without a gradient (a softmax over one key is 1
+    whatever the key), hence several. The projector has biases, so the zero user (the *mean* user, once embeddings are
+    standardised) has tokens of its own and learns the population's taste; the reference is no tokens at all, not zero.
+    """
+
+    def __init__(self, user_dim, channels, tokens=4, token_dim=64):
+        super().__init__()
+        self.user_dim, self.tokens, self.token_dim, self.channels = user_dim, tokens, token_dim, list(channels)
+        self.register_buffer("mean", torch.zeros(user_dim))  # of the training users' embeddings; identity for one-hot
+        self.register_buffer("std", torch.ones(user_dim))
+        self.project = nn.Linear(user_dim, tokens * token_dim)
+        self.norm = nn.LayerNorm(token_dim)
+        self.to_k = nn.ModuleList(nn.Linear(token_dim, c, bias=False) for c in channels)  # W'_k
+        self.to_v = nn.ModuleList(nn.Linear(token_dim, c, bias=False) for c in channels)  # W'_v
+        for layer in self.to_v:
+            nn.init.zeros_(layer.weight)
+        self.path, self.header = "this adapter", {}
+        self.active = None  # (tokens, scale) inside `with adapter.user(...)`, else None: the reference model
+
+    def standardise(self, embedding):
+        """Raw embedding (B, D) -> (B, D) in the training users' standard deviations from their mean. Blend people here:
+        VLM states of all people share one large common vector, which would drown the person."""
+        return (embedding - self.mean) / self.std
+
+    def forward(self, embedding, drop=None, standardised=False):
+        """User tokens. embedding: (B, D), raw unless `standardised`; drop: (B,) bool, True = the zero user (Sec. 4.3's
+        random drop) -> (B, tokens, token_dim)."""
+        u = embedding if standardised else self.standardise(embedding)
+        if drop is not None:
+            u = u.masked_fill(drop[:, None], 0)
+        return self.norm(einops.rearrange(self.project(u), "b (l d) -> b l d", l=self.tokens))
+
+    def zero_user(self, batch=1):
+        """Tokens of the zero user, (B, tokens, token_dim)."""
+        return self(self.mean.expand(batch, -1))
+
+    @contextlib.contextmanager
+    def user(self, tokens, scale=1.0):
+        """Set the user for everything inside the block; before and after it the network is the reference, also if the
+        block raises. tokens: (B, L, d), or None for the reference; a batch of r x B rows repeats them r times. scale: a
+        float, or (rows,) to weigh each row. Keep backward inside too: checkpointing reads the user again there."""
+        before, self.active = self.active, None if tokens is None else (tokens, scale)
+        try:
+            yield
+        finally:
+            self.active = before
+
+    def install(self, prior):
+        """Hook every attention layer of a StableCascadeUNet (frozen and cast already); returns self."""
+        layers = attention_layers(prior)
+        if (widths := [layer.to_q.in_features for layer in layers]) != self.channels:
+            raise BadInput(f"{self.path} is for a base with {shape_of(self.channels)}; this base has {shape_of(widths)}")
+        for index, layer in enumerate(layers):
+            layer.set_processor(UserAttnProcessor(self, index))
+        return self.to(next(prior.parameters()).device)
+
+    def save(self, path, **header):
+        """Write adapter tensors alone as safetensors; dimensions and `header` (plain values) go into its metadata."""
+        header = dict(format="ppd-adapter-1", user_dim=self.user_dim, tokens=self.tokens, token_dim=self.token_dim,
+                      channels=self.channels, **header)
+        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
+        write_atomically(path, lambda temporary: save_file(state, temporary, {"ppd": json.dumps(header, sort_keys=True)}))
+
+    @classmethod
+    def load(cls, path):
+        """Read what save() wrote; path is the file or its folder. `adapter.path` and `adapter.header` tell where from.
+        Raises BadInput, naming file and key, unless every tensor is there in its right shape and no other is."""
+        path = Path(path) / "adapter.safetensors" if Path(path).is_dir() else Path(path)
+        if not path.is_file():
+            raise BadInput(f"{path}: no such adapter file; train.py writes runs/<name>/adapter.safetensors")
+        try:
+            with safe_open(path, "pt") as file:
+                header = json.loads((file.metadata() or {}).get("ppd", "{}"))
+                state = {k: file.get_tensor(k) for k in file.keys()}
+        except (SafetensorError, OSError, ValueError) as error:
+            raise BadInput(f"{path}: not a readable safetensors file ({error})") from None
+        if header.get("format") != "ppd-adapter-1":
+            raise BadInput(f"{path}: no PPD adapter (its header says format {header.get('format')!r})")
+        try:
+            adapter = cls(header["user_dim"], header["channels"], header["tokens"], header["token_dim"])
+            adapter.to(next(iter(state.values())).dtype).load_state_dict(state)  # strict: every key, every shape
+        except (KeyError, TypeError, RuntimeError, StopIteration) as error:
+            raise BadInput(f"{path}: header and tensors do not fit: {' '.join(str(error).split())}") from None
+        adapter.path, adapter.header = path, header
+        return adapter
+
+
+def attention_layers(prior):
+    """Every attention layer of Stage C: there is no separate text cross-attention, one softmax covers both the picture's
+    own positions and the condition tokens (85 at full scale), so these are the paper's "each cross-attention layer"."""
+    return [block.attention for block in prior.modules() if type(block).__name__ == "SDCascadeAttnBlock"]
+
+
+def shape_of(channels):
+    return f"{len(channels)} attention layers of width {'/'.join(map(str, sorted(set(channels))))}"
+
+
+class UserAttnProcessor:
+    """Decoupled cross-attention, Eq. 7: Z' = Attention(Q, K, V) + scale * Attention(Q, K', V').
+
+    Called from `SDCascadeAttnBlock.forward` -> `Attention.forward` -> here, once per attention layer and forward. Both
+    terms share the query and the layer's own output projection. Deliberately no nn.Module: as one it would move into
+    the UNet's state dict, and freezing or casting the UNet would freeze or cast the adapter.
+    """
+
+    def __init__(self, adapter, index):
+        self.adapter, self.index = adapter, index
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
+        b, c, h, w = hidden_states.shape
+        x = hidden_states.view(b, c, h * w).transpose(1, 2)  # (B, HW, C)
+        heads = lambda m: m.view(m.shape[0], -1, attn.heads, c // attn.heads).transpose(1, 2)  # (B, heads, N, C / heads)
+        q = heads(attn.to_q(x))
+        k, v = heads(attn.to_k(encoder_hidden_states)), heads(attn.to_v(encoder_hidden_states))  # N = HW + conditions
+        out = F.scaled_dot_product_attention(q, k, v)
+        if self.adapter.active is not None:
+            tokens, scale = self.adapter.active  # (B', L, d), B' divides B
+            user_k = heads(self.adapter.to_k[self.index](tokens)).to(q.dtype)  # the adapter is float32, the base may not be
+            user_v = heads(self.adapter.to_v[self.index](tokens)).to(q.dtype)
+            user_k, user_v = (einops.repeat(m, "b ... -> (r b) ...", r=b // len(m)) for m in (user_k, user_v))
+            user_out = F.scaled_dot_product_attention(q, user_k, user_v)
+            out = out + (scale.to(q.dtype).view(-1, 1, 1, 1) if torch.is_tensor(scale) else scale) * user_out
+        out = attn.to_out[0](out.transpose(1, 2).reshape(b, h * w, c))
+        return attn.to_out[1](out).transpose(1, 2).reshape(b, c, h, w)  # to_out[1] is dropout: off, the base stays in eval
+
+
+# ------------------------------------------------------------------------------------------------- the loss (Eq. 3, 6)
+def denoising_error(noise_pred, noise):
+    """||eps - eps_theta||^2 of Eq. 1, as the mean over latent elements in at least float32: (N, C, H, W) x 2 -> (N,)."""
+    exact = torch.promote_types(noise_pred.dtype, torch.float32)
+    return (noise.to(exact) - noise_pred.to(exact)).square().mean(dim=(1, 2, 3))
+
+
+def ppd_loss(noise_pred, noise_pred_ref, noise, beta, T=1000, omega=1.0):
+    """Eq. 6, for B pairs: -log sigmoid(-beta T omega Delta). With a policy that sees no user it is Eq. 3, Diffusion-DPO.
+
+    noise_pred: (2B, C, H, W), eps_theta(x_t, c, u, t), preferred pictures first, then the dispreferred in the same order
+    noise_pred_ref: the same of the reference, eps_ref(x_t, c, t), without gradient
+    noise: (2B, C, H, W), what was added; both halves alike when a pair shares its noise
+    beta: KL strength. The norm is a mean and T = 1000, so beta = 1 is beta_dpo = 2000 of Diffusion-DPO's code.
+    omega: weight of the timestep, 1 or (B,)
+
+    Returns the losses (B,), not yet averaged, and a dict of (B,) tensors without gradient worth logging:
+    implicit_accuracy counts a tie as half (at step 0 every pair is one); the errors are those of Eq. 1.
+    """
+    error, error_ref = denoising_error(noise_pred, noise), denoising_error(noise_pred_ref, noise)
+    preferred, dispreferred = (error - error_ref).chunk(2)
+    logits = -beta * T * omega * (preferred - dispreferred)  # -beta T omega Delta
+    log = dict(implicit_accuracy=(logits > 0).to(error.dtype) + 0.5 * (logits == 0).to(error.dtype), logits=logits.detach())
+    for name, value in (("error", error), ("error_ref", error_ref)):
+        log[f"{name}_preferred"], log[f"{name}_dispreferred"] = value.detach().chunk(2)
+    return -F.logsigmoid(logits), log
+
+
+# --------------------------------------------------------------------------------------- the frozen base (Sec. 3, 4.3)
+class StableCascade:
+    """Stage C, its text encoder and an image codec, frozen and in eval mode (Stage C has dropout: in train mode the
+    policy would not be the reference even at step 0).
+
+    base: "tiny" or a folder in the hub's layout; ":prior_lite" after it picks that subfolder for the prior.
+    dtype: float32 on CPU, else bfloat16; float64 for tests. float16 overflows in Stage C and is refused.
+    """
+
+    def __init__(self, base="tiny", device="cpu", dtype=None):
+        import diffusers
+        import transformers
+        for library in (diffusers, transformers):  # their bars and notices would hide our own lines
+            library.utils.logging.set_verbosity_error(), library.utils.logging.disable_progress_bar()
+
+        self.name, _, sub = str(base).partition(":")
+        folder, sub = TINY if self.name == "tiny" else Path(self.name), sub or "prior"
+        if not (folder / sub).is_dir():
+            raise BadInput(f"--base {base}: no folder {folder / sub}; expected 'tiny' or a folder with {sub}, text_encoder, "
+                           "tokenizer and codec in it")
+        self.device = torch.device(device)
+        self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
+        if self.dtype == torch.float16:
+            raise BadInput("float16 gives NaN in Stage C: use bfloat16 or float32")
+
+        def load(cls, name):
+            model, info = cls.from_pretrained(folder, subfolder=name, torch_dtype=self.dtype, variant="bf16",
+                                              local_files_only=True, output_loading_info=True)
+            if info["missing_keys"]:  # they would be random
+                raise OSError(f"{name} lacks {len(info['missing_keys'])} tensors, {sorted(info['missing_keys'])[0]} first")
+            return model.to(self.device).eval().requires_grad_(False)
+
+        try:
+            self.prior = load(diffusers.StableCascadeUNet, sub)
+            self.text_encoder = load(transformers.CLIPTextModelWithProjection, "text_encoder")
+            self.tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+            self.codec = PatchCodec.load(folder / "codec" / "codec.safetensors").to(self.device, self.dtype)
+        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            raise BadInput(f"--base {base}: cannot load {folder}: {str(error).strip().splitlines()[0]}") from None
+        self.scheduler = diffusers.DDPMWuerstchenScheduler()
+        self.latent_shape = (self.prior.config.in_channels, *[self.codec.side // self.codec.patch] * 2)
+        self.guidance = 2.0  # of classifier-free guidance by default; more bleaches the small base's grounds
+
+    @property
+    def channels(self):
+        """Width of each attention layer, what UserAdapter wants."""
+        return [layer.to_q.in_features for layer in attention_layers(self.prior)]
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts):
+        """Captions -> text states (B, L, d), before the encoder's last norm, and pooled (B, 1, d); L = 77 at full scale."""
+        ids = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").to(self.device)
+        out = self.text_encoder(ids.input_ids, attention_mask=ids.attention_mask, output_hidden_states=True)
+        return out.hidden_states[-1], out.text_embeds[:, None]
+
+    @torch.no_grad()
+    def encode_images(self, images):
+        """PIL images of any size -> latents (B, C, h, w) in the base's dtype. Short side resized, centre cropped."""
+        return self.codec.encode(self.codec.preprocess(images).to(self.device, self.dtype))
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """Latents (B, C, h, w) -> list of PIL images."""
+        pixels = self.codec.decode(latents.to(self.dtype)).float().mul(255).round().byte()
+        return [Image.fromarray(p) for p in einops.rearrange(pixels, "b c h w -> b h w c").cpu().numpy()]
+
+    def round_time(self, t):
+        """Timesteps as the base sees them, in float32: rounded once to its dtype, then the same value for the noise and
+        for the network."""
+        return t.to(self.dtype).to(torch.promote_types(self.dtype, torch.float32))
+
+    def add_noise(self, latents, noise, t):
+        """x_t = alpha_t x_0 + sigma_t eps. latents, noise: (B, C, h, w); t: (B,) float in (0, 1], never integers."""
+        return self.scheduler.add_noise(latents, noise, self.round_time(t))
+
+    def predict_noise(self, x_t, t, text, pooled):
+        """eps_theta(x_t, c, [u,] t), the user being whom `adapter.user` has set. Shapes as above -> (B, C, h, w)."""
+        # without clip_img the network drops the text tokens as well, silently
+        no_image = x_t.new_zeros(len(x_t), 1, self.prior.config.clip_image_in_channels)
+        return self.prior(x_t, self.round_time(t).to(self.dtype), clip_text_pooled=pooled, clip_text=text, clip_img=no_image).sample
+
+    @torch.no_grad()
+    def sample(self, prompts, seeds, adapter=None, tokens=None, user_scale=1.0, uncond_user="off", guidance=None, steps=20):
+        """Ancestral DDPM with classifier-free guidance. prompts: B captions; seeds: B ints, each the whole randomness of
+        its picture, whatever else is in the batch; tokens: (B, L, d) or None for the base; user_scale multiplies the
+        user's term of Eq. 7, 0 is the base exactly; uncond_user: whom the unconditional branch sees, "off" (nobody, so
+        that taste is guided along with the text), "zero" or "same". Returns latents (B, C, h, w)."""
+        b, active = len(prompts), None
+        guidance = self.guidance if guidance is None else guidance
+        if tokens is not None and user_scale != 0:
+            active = (tokens, user_scale)
+            if guidance > 1:  # one weight a row: 0 switches a row's user off
+                other = adapter.zero_user(b) if uncond_user == "zero" else tokens
+                weight = user_scale * torch.tensor([1.0, uncond_user != "off"], device=self.device)
+                active = (torch.cat([tokens, other]), weight.repeat_interleave(b))
+        conditions = self.encode_prompts(prompts)
+        if guidance > 1:  # one batch of 2B, conditional half first
+            conditions = [torch.cat(pair) for pair in zip(conditions, self.encode_prompts([""] * b))]
+        generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        x = torch.stack([torch.randn(self.latent_shape, generator=g, dtype=self.dtype) for g in generators]).to(self.device)
+        self.scheduler.set_timesteps(steps, device=self.device)
+        with adapter.user(*active) if active else contextlib.nullcontext():
+            for t in self.scheduler.timesteps[:-1]:  # 1 ... 1 / steps; the last entry is 0, where nothing is left to do
+                t = t.expand(b).to(self.dtype)
+                if guidance > 1:
+                    pred, uncond = self.predict_noise(torch.cat([x, x]), torch.cat([t, t]), *conditions).chunk(2)
+                    pred = torch.lerp(uncond, pred, guidance)
+                else:
+                    pred = self.predict_noise(x, t, *conditions)
+                x = self.scheduler.step(pred, t, x, generator=generators).prev_sample
+        return x
+
+
+class PatchCodec(nn.Module):
+    """The tiny world's stand-in for Stages A and B: every patch of pixels, projected on its leading principal
+    directions. Linear both ways: (B, 3, P h, P w) in [0, 1] <-> (B, C, h, w) latents of about unit variance."""
+
+    def __init__(self, patch=4, channels=16, side=32):
+        super().__init__()
+        self.patch, self.side = patch, side
+        self.register_buffer("mean", torch.zeros(3 * patch * patch))
+        self.register_buffer("encode_matrix", torch.zeros(3 * patch * patch, channels))
+        self.register_buffer("decode_matrix", torch.zeros(channels, 3 * patch * patch))
+
+    @classmethod
+    def load(cls, path):
+        with safe_open(path, "pt") as file:
+            meta, state = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}
+        codec = cls(int(meta["patch"]), len(state["decode_matrix"]), int(meta["side"]))
+        codec.load_state_dict(state)
+        return codec
+
+    def preprocess(self, images):
+        fitted = np.stack([ImageOps.fit(image.convert("RGB"), (self.side, self.side), Image.BICUBIC) for image in images])
+        return einops.rearrange(torch.from_numpy(fitted), "b h w c -> b c h w") / 255
+
+    def encode(self, pixels):
+        patches = einops.rearrange(pixels, "b c (h p) (w q) -> b h w (c p q)", p=self.patch, q=self.patch)
+        return einops.rearrange((patches - self.mean) @ self.encode_matrix, "b h w c -> b c h w")
+
+    def decode(self, latents):
+        patches = einops.rearrange(latents, "b c h w -> b h w c") @ self.decode_matrix + self.mean
+        return einops.rearrange(patches, "b h w (c p q) -> b c (h p) (w q)", p=self.patch, q=self.patch).clamp(0, 1)
+
+
+# ----------------------------------------------------------------------------------------- people's files and pictures
+def load_user(path):
+    """A person's file, written by embed.py: dict with `user` (id), `embedding` (G, S, D) float32 (G four-shot groups, S
+    stored VLM states), `shots`, `profile`, `split`, `vlm`, `layer`, `version`. Only tensors and plain values are read:
+    a pickle that would run code is refused unrun."""
+    if not Path(path).is_file():
+        raise BadInput(f"{path}: no such user file; embed.py writes them")
+    try:
+        user = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds here: unpickling, zip, end of file
+        raise BadInput(f"{path}: refused, not a plain user file ({type(error).__name__})") from None
+    e = user.get("embedding") if isinstance(user, dict) else None
+    if not (torch.is_tensor(e) and e.ndim == 3 and e.dtype == torch.float32 and e.numel() and e.isfinite().all()):
+        raise BadInput(f"{path}: expected a dict whose 'embedding' is a finite float32 tensor (groups, states, dim)")
+    return user
+
+
+def read_pairs(folder):
+    """<folder>/pairs.parquet, written by embed.py -> its rows as dicts, and the settings it was made with."""
+    path = Path(folder) / "pairs.parquet"
+    if not path.is_file():
+        raise BadInput(f"--users {folder}: no pairs.parquet there; run embed.py first")
+    try:
+        table = pq.read_table(path)
+        return table.to_pylist(), json.loads(table.schema.metadata[b"ppd"])
+    except (pa.ArrowException, TypeError, KeyError, ValueError) as error:
+        raise BadInput(f"{path}: not a pairs file of embed.py ({type(error).__name__})") from None
+
+
+def open_image(source, name):
+    """A picture from a path or from bytes, any mode and orientation -> RGB PIL image; transparency over white. Raises
+    BadInput naming it if it is missing, broken, truncated or too large to be a picture."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = ImageOps.exif_transpose(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except Exception as error:  # Pillow raises a dozen kinds
+        raise BadInput(f"{name}: not a usable image ({type(error).__name__}: {error})") from None
+
+
+def write_atomically(path, write):
+    """Call write(temporary path), then put the file in place in one step: readers see all of it or none, also after a
+    power cut."""
+    temporary = Path(f"{path}.tmp")
+    write(temporary)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def pick_device(name="auto"):
+    there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+    if name == "auto":
+        return next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
+    if not there[name]:
+        raise BadInput(f"--device {name}: PyTorch sees no such device here")
+    return name
+
+
+def run_script(name, run, args):
+    """run(args); whatever is wrong with the input becomes one line and exit status 1."""
+    try:
+        run(args)
+    except (BadInput, OSError) as problem:
+        sys.exit(f"{name}: error: {str(problem).strip().splitlines()[-1]}")  # a reader process puts a traceback before it
+
+
+def grid(rows, row_labels, column_labels, size=96):
+    """Labelled contact sheet. rows: list of lists of PIL images; returns one PIL image."""
+    font, pad = ImageFont.load_default(size=13), 4
+    left = int(max(font.getlength(label) for label in row_labels)) + 2 * pad
+    top = 20 * max(label.count("\n") + 1 for label in column_labels)
+    sheet = Image.new("RGB", (left + len(column_labels) * (size + pad), top + len(rows) * (size + pad)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for x, label in enumerate(column_labels):
+        pen.multiline_text((left + x * (size + pad) + size // 2, top // 2), label, "black", font, anchor="mm", align="center")
+    for y, (label, images) in enumerate(zip(row_labels, rows)):
+        pen.text((left - pad, top + y * (size + pad) + size // 2), label, "black", font, anchor="rm")
+        for x, image in enumerate(images):
+            sheet.paste(image.resize((size, size), Image.BICUBIC), (left + x * (size + pad), top + y * (size + pad)))
+    return sheet

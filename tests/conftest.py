@@ -1,0 +1,51 @@
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.chdir(ROOT)  # the scripts' default paths are relative to the checkout
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the slow checks too")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes on two cores; runs with --slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: add --slow to run it"))
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """train.py takes over two signals; give them back after a test that ran it in this process."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def script(*command, check=True, **env):
+    """Run one of the project's scripts as a user would; returns the finished process, output as text."""
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env=os.environ | env)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A small drawn data set and its one-hot users, made by the real scripts: (data folder, users folder)."""
+    folder = tmp_path_factory.mktemp("world")
+    script("tiny.py", "data", "--out", folder / "data", "--users", 60, "--pairs", 12, "--seed", 7)
+    script("embed.py", "--data", folder / "data", "--one-hot", "light", "warm", "large", "--users", folder / "users")
+    return folder / "data", folder / "users"

@@ -1,0 +1,311 @@
+"""The real scripts, run small: what they write, that they are exact, and what they say to bad input."""
+import hashlib
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import script
+from PIL import Image
+from safetensors.torch import load_file
+
+import embed
+import evaluate
+import ppd
+import sample
+import train
+
+TRAIN = ["--max-steps", "3", "--batch", "8", "--micro", "8", "--preview-every", "0", "--log-every", "1", "--device", "cpu"]
+
+
+def lines(out):
+    return [json.loads(line) for line in (Path(out) / "train.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def trained(world, tmp_path_factory):
+    """Four steps of the real script, with a preview."""
+    out = tmp_path_factory.mktemp("runs") / "four"
+    script("train.py", "--users", world[1], "--out", out, *TRAIN, "--max-steps", 4, "--preview-every", 4)
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------------- train
+def test_first_line_is_step_0_at_ln_2(trained):
+    first = lines(trained)[0]
+    assert first["step"] == 0 and abs(first["loss"] - 0.693147) < 1e-6
+    assert first["implicit_accuracy"] == 0.5 and first["error_preferred"] == first["error_ref_preferred"]
+    assert [line["step"] for line in lines(trained)] == [0, 1, 2, 3]
+    assert {"validation_implicit_accuracy", "validation_error_preferred", "lr", "grad_norm"} <= first.keys()
+    assert Image.open(trained / "previews" / "step-000004.png").size[0] > 300
+
+
+def test_only_the_adapter_changes(world, tmp_path, monkeypatch):
+    seen = []
+    real = ppd.StableCascade
+    monkeypatch.setattr(train, "StableCascade", lambda *a, **k: seen.append(real(*a, **k)) or seen[0])
+    train.main(["--users", str(world[1]), "--out", str(tmp_path / "run"), *TRAIN])
+    digest = lambda base: hashlib.sha256(b"".join(v.numpy().tobytes() for m in (base.prior, base.text_encoder, base.codec) for v in m.state_dict().values())).hexdigest()
+    assert digest(seen[0]) == digest(real("tiny"))
+    assert all(p.grad is None and not p.requires_grad for p in seen[0].prior.parameters())
+    torch.manual_seed(0)
+    new = ppd.UserAdapter(3, seen[0].channels).state_dict()
+    now = load_file(tmp_path / "run" / "adapter.safetensors")
+    assert now.keys() == new.keys()
+    assert {k for k in new if torch.equal(new[k], now[k])} == {"mean", "std"}  # identity for one-hot users; all else moved
+
+
+@pytest.mark.parametrize("objective", ["dpo", "sft"])
+def test_baselines_are_the_same_loop(objective, world, tmp_path):
+    train.main(["--users", str(world[1]), "--out", str(tmp_path), *TRAIN, "--objective", objective])
+    adapter = ppd.UserAdapter.load(tmp_path)
+    assert adapter.header["objective"] == objective and all(math.isfinite(l["loss"]) for l in lines(tmp_path))
+    torch.manual_seed(0)
+    change = (adapter.project.weight - ppd.UserAdapter(3, adapter.channels).project.weight).abs().max().item()
+    if objective == "dpo":  # everybody is the zero user: the projector's weight sees zeros, only weight decay touches it
+        assert change < 1e-5 and lines(tmp_path)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    else:
+        assert change > 1e-4 and lines(tmp_path)[0]["loss"] == pytest.approx(lines(tmp_path)[0]["error_preferred"])
+
+
+def test_accumulation_and_ranks_change_nothing(world, tmp_path):
+    """1 process x 8 accumulated = 1 x 8 at once = 2 processes x 4, in float64 to 1e-9, in float32 to 1e-5."""
+    for dtype, tolerance in (("float64", 1e-9), ("float32", 1e-5)):
+        common = ["--users", world[1], *TRAIN, "--max-steps", 2, "--dtype", dtype]
+        ways = dict(whole=["train.py", "--micro", 8], split=["train.py", "--micro", 1, "--workers", 2],
+                    ranks=["-m", "torch.distributed.run", "--nproc-per-node", 2, "train.py", "--micro", 4])
+        state, log = {}, {}
+        for name, (head) in ways.items():
+            out = tmp_path / f"{dtype}-{name}"
+            cut = head.index("--micro")
+            script(*head[:cut], *common, "--out", out, *head[cut:], OMP_NUM_THREADS="1")
+            state[name], log[name] = torch.load(out / "state.pt", weights_only=True), lines(out)
+        for other in ("split", "ranks"):
+            for key in ("loss", "grad_norm", "error_preferred"):
+                for a, b in zip(log["whole"], log[other]):
+                    assert a[key] == pytest.approx(b[key], rel=tolerance, abs=tolerance), (dtype, other, key)
+            gradient = lambda name: torch.cat([s["exp_avg"].flatten() for s in state[name]["optimizer"]["state"].values()])  # AdamW's running mean
+            assert torch.allclose(gradient("whole"), gradient(other), rtol=0, atol=tolerance / 10), (dtype, other)
+            if dtype == "float64":
+                for key, value in state["whole"]["adapter"].items():
+                    assert torch.allclose(value, state[other]["adapter"][key], rtol=0, atol=tolerance), (other, key)
+
+
+def test_users_of_a_vlm_are_standardised_and_groups_drawn(world, tmp_path):
+    """Embeddings with a large common part, two groups a person: the buffers are the training users' mean and std."""
+    (tmp_path / "users").mkdir()
+    (tmp_path / "users" / "pairs.parquet").write_bytes((world[1] / "pairs.parquet").read_bytes())
+    vectors = 100 + torch.randn(3, 2, 1, 6, generator=torch.Generator().manual_seed(0))
+    for name, embedding in zip(("light", "warm", "large"), vectors):
+        embed.write_user(tmp_path / "users", name, embedding=embedding, vlm="made up")
+    train.main(["--users", str(tmp_path / "users"), "--out", str(tmp_path / "run"), *TRAIN, "--max-steps", "1", "--tokens", "2"])
+    adapter = ppd.UserAdapter.load(tmp_path / "run")
+    assert torch.allclose(adapter.mean, vectors.flatten(0, 2).mean(0)) and torch.allclose(adapter.std, vectors.flatten(0, 2).std(0, correction=0))
+    assert (adapter.tokens, adapter.user_dim) == (2, 6)
+    rows = [dict(r, groups=[0, 1]) for r in ppd.read_pairs(world[1])[0] if r["split"] == "train"]
+    people = train.load_users(tmp_path / "users", ["light", "warm", "large"])[0]
+    items = [train.Pairs(rows, world[0], people, (16, 8, 8), 0, False)[i] for i in range(40)]
+    drawn = [next((n, g) for n, v in people.items() for g in (0, 1) if torch.equal(item["user"], v[g])) for item in items]
+    assert {g for _, g in drawn} == {0, 1} and {n for n, _ in drawn} == {"light", "warm", "large"}
+
+
+def test_pairs_are_keyed_by_seed_and_position(world):
+    rows = [r for r in ppd.read_pairs(world[1])[0] if r["split"] == "train"]
+    people = train.load_users(world[1], ["light", "warm", "large"])[0]
+    make = lambda seed=0, separate=False: train.Pairs(rows, world[0], people, (16, 8, 8), seed, separate)
+    a, b, n = make()[5], make()[5], len(rows)
+    assert torch.equal(a["noise"], b["noise"]) and (a["t"], a["u_drop"], a["ranking_id"]) == (b["t"], b["u_drop"], b["ranking_id"])
+    assert torch.equal(a["noise"][0], a["noise"][1]) and not torch.equal(*make(separate=True)[5]["noise"])  # Eq. 6 writes two noises
+    assert not torch.equal(a["noise"], make()[6]["noise"]) and not torch.equal(a["noise"], make(seed=1)[5]["noise"])
+    first, second = (train.epoch_order(0, epoch, n).tolist() for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(n)) and first != second and not torch.equal(a["noise"], make()[5 + n]["noise"])
+    images = {r["ranking_id"]: r for f in sorted(world[0].glob("*.parquet")) for r in pq.read_table(f).to_pylist()}
+    for i in range(10):  # the right pictures, the preferred one first
+        item, row = make()[i], rows[train.epoch_order(0, 0, n)[i]]
+        better, worse = (images[item["ranking_id"]][f"jpg_{k}"] for k in (row["preferred"], 1 - row["preferred"]))
+        assert item["preferred"].tobytes() == ppd.open_image(better, "").tobytes() and item["dispreferred"].tobytes() == ppd.open_image(worse, "").tobytes()
+
+
+def test_resume_is_exact(world, trained, tmp_path):
+    """Stopped after 2 of 4 steps by a signal and resumed: the same bytes as the undisturbed run."""
+    out = tmp_path / "run"
+    common = ["--users", str(world[1]), "--out", str(out), *TRAIN, "--max-steps", "4", "--preview-every", "4", "--resume"]
+    real, calls = train.forward, []
+
+    def interrupted(*args, **kwargs):
+        calls.append(kwargs.get("backward"))
+        if len([c for c in calls if c]) == 2 and calls[-1]:  # in the middle of step 1
+            os.kill(os.getpid(), 15)
+        return real(*args, **kwargs)
+
+    train.forward = interrupted
+    try:
+        train.main(common)
+    finally:
+        train.forward = real
+    assert torch.load(out / "state.pt", weights_only=True)["step"] == 2
+    (out / "train.jsonl").open("a").write(json.dumps(dict(step=2, loss=9)) + "\n")  # a line the lost step had written
+    train.main(common)
+    assert (out / "adapter.safetensors").read_bytes() == (trained / "adapter.safetensors").read_bytes()
+    assert [line["step"] for line in lines(out)] == [0, 1, 2, 3] and lines(out)[2]["loss"] != 9
+    assert train.main(common) is None  # finished already: says so, exits 0
+
+
+def test_resume_says_what_it_does(world, trained, tmp_path, capsys):
+    train.main(["--users", str(world[1]), "--out", str(tmp_path / "new"), *TRAIN, "--max-steps", "1", "--resume"])
+    assert "nothing to resume" in capsys.readouterr().out
+    for change, message in ((["--beta", "0.5"], "--beta is 0.5, but the run"), (["--seed", "1"], "--seed is 1, but the run")):
+        with pytest.raises(SystemExit, match=message):
+            train.main(["--users", str(world[1]), "--out", str(trained), *TRAIN, "--max-steps", "4", "--preview-every", "4", "--resume", *change])
+
+
+def test_a_non_finite_loss_stops_before_the_step(world, tmp_path, monkeypatch):
+    real = train.ppd_loss
+    monkeypatch.setattr(train, "ppd_loss", lambda *a: (lambda losses, log: (losses * math.nan, log))(*real(*a)))
+    with pytest.raises(SystemExit, match="step 0: loss nan"):
+        train.main(["--users", str(world[1]), "--out", str(tmp_path), *TRAIN])
+    assert not (tmp_path / "adapter.safetensors").exists()
+
+
+# ----------------------------------------------------------------------------------------------------- sample, evaluate
+def test_sample_cold_within_20_seconds(tmp_path):
+    began = time.time()
+    script("sample.py", "--user", "assets/onehot/light.pt", "--adapter", "assets/onehot", "--prompt", "a red star", "--out", tmp_path)
+    assert time.time() - began <= 20
+    (path,) = tmp_path.glob("*.png")
+    settings = json.loads(Image.open(path).text["ppd"])
+    assert settings["prompt"] == "a red star" and settings["seed"] == 0 and settings["user"] == [["assets/onehot/light.pt", None]]
+    assert settings["guidance"] == 2 and settings["steps"] == 20 and settings["adapter"] == "assets/onehot/adapter.safetensors"
+
+
+def test_scale_0_is_the_base_bit_for_bit_and_the_person_is_not(tmp_path):
+    common = ["--prompt", "a red star", "--steps", "4", "--adapter", "assets/onehot", "--size", "0"]
+    pixels = {}
+    for name, how in dict(base=["--user", "base"], zeroed=["--user", "assets/onehot/light.pt", "--user-scale", "0"], light=["--user", "assets/onehot/light.pt"]).items():
+        sample.main([*common, *how, "--out", str(tmp_path / name)])
+        pixels[name] = np.asarray(Image.open(next((tmp_path / name).glob("*.png"))))
+    assert pixels["base"].shape == (32, 32, 3)
+    assert (pixels["base"] == pixels["zeroed"]).all() and (pixels["base"] != pixels["light"]).any()
+
+
+def test_grid_blend_and_prompt_file(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a red star\n\na blue circle\n")
+    sample.main(["--prompts", str(tmp_path / "prompts.txt"), "--user", "base", "--user", "zero", "--user", "assets/onehot/warm.pt",
+                 "--adapter", "assets/onehot", "--steps", "2", "--out", str(tmp_path / "grid")])
+    assert len(list((tmp_path / "grid").glob("*.png"))) == 7 and (tmp_path / "grid" / "grid.png").exists()
+    blend = lambda a, b, out: sample.main(["--prompt", "a red star", "--user", f"assets/onehot/warm.pt:{a}", "--user", f"assets/onehot/light.pt:{b}",
+                                           "--adapter", "assets/onehot", "--steps", "2", "--out", str(tmp_path / out)])
+    blend(1, 0, "pure"), blend(0.5, 0.5, "mixed")
+    pure, mixed = (np.asarray(Image.open(next((tmp_path / k).glob("*.png")))) for k in ("pure", "mixed"))
+    warm = np.asarray(Image.open(tmp_path / "grid" / "0000-a-red-star_warm_0.png"))
+    assert np.abs(pure.astype(int) - warm).max() <= 1 and (mixed != pure).any()
+    sample.main(["--prompt", "a red star " * 10, "--steps", "1", "--out", str(tmp_path / "long")])
+    assert "the text encoder reads 16" in capsys.readouterr().err
+
+
+def test_evaluate_rewards_small(world, trained, tmp_path):
+    evaluate.main(["rewards", "--adapter", str(trained), "--n", "8", "--steps", "2", "--out", str(tmp_path)])
+    first = json.loads((tmp_path / "evaluation.json").read_text())
+    for name in ("light", "warm", "large"):
+        r = first["one_hot"][name]
+        assert r.keys() == {"win_rate", "n", "ci95", "mean_user", "mean_base"} and r["n"] == 8 and r["ci95"][0] <= r["win_rate"] <= r["ci95"][1]
+    assert first["fidelity"]["base"]["n"] == 8 and first["fidelity"]["ppd"]["n"] == 24
+    (tmp_path / "evaluation.json").write_text(json.dumps(first | dict(other=1)))
+    evaluate.main(["rewards", "--adapter", str(trained), "--n", "8", "--steps", "2", "--out", str(tmp_path)])
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == first | dict(other=1)  # reproducible; only its own keys
+    assert (tmp_path / "rewards.png").exists() and "| light |" in (tmp_path / "evaluation.md").read_text()
+
+
+def test_rates_and_intervals():
+    r = evaluate.compare([1.0, 2.0, 3.0, 4.0], [0.0, 2.0, 5.0, 1.0])
+    assert r["win_rate"] == 0.625 and r["n"] == 4
+    low, high = evaluate.wilson(0.5, 100)
+    assert (low, high) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))  # textbook values
+    assert evaluate.wilson(1.0, 10)[1] == 1 and evaluate.wilson(1.0, 10)[0] == pytest.approx(0.7225, abs=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+BAD = [  # script, arguments, what its one line says; {w} is the test's folder, {u} a good users folder
+    ("embed", "--one-hot lihgt", "--one-hot lihgt: no such reward"),
+    ("embed", "--one-hot light light", "a reward is named twice"),
+    ("embed", "--one-hot light --data {w}/nowhere --users {w}/a", "nowhere: no such folder"),
+    ("embed", "--one-hot light --data {w}/empty --users {w}/a", "no .parquet file"),
+    ("embed", "--one-hot light --data {w}/torn --users {w}/a", "torn.parquet: not a readable parquet file"),
+    ("embed", "--one-hot light --data {w}/columns --users {w}/a", "column 'user_id' is missing"),
+    ("embed", "--one-hot light --test-captions 2 --users {w}/a", "--test-captions 2.0: expected a share"),
+    ("embed", "--one-hot light --users {u}", "holds users made with another --"),
+    ("train", "--users {w}/nowhere", "no pairs.parquet there; run embed.py first"),
+    ("train", "--users {u} --batch 10 --micro 4 --out {w}/r", "--batch 10: expected a multiple of --micro x processes = 4"),
+    ("train", "--users {u} --beta 0 --out {w}/r", "--beta 0.0: expected a number above 0"),
+    ("train", "--users {u} --base {w}/nowhere --batch 8 --micro 8 --max-steps 1 --out {w}/r", "no folder"),
+    ("train", "--users {u} --data {w}/empty --out {w}/r", "give the folder that embed.py read"),
+    ("train", "--users {w}/evil --out {w}/r", "evil/large.pt: refused"),
+    ("train", "--users {w}/nopairs --out {w}/r", "pairs.parquet: not a pairs file"),
+    ("train", "--users {u} --seed -1 --out {w}/r", "--seed -1: expected 0 or more"),
+    ("train", "--users {u} --device cuda --out {w}/r", "--device cuda: PyTorch sees no such device"),
+    ("sample", "", "no prompt"),
+    ("sample", "--prompt x --user {w}/no.pt", "no.pt: no such file"),
+    ("sample", "--prompt x --user {u}/light.pt:much", "'much' is no weight"),
+    ("sample", "--prompt x --user {u}/light.pt:0.5 --user zero", "give every user a weight"),
+    ("sample", "--prompt x --user {u}/light.pt --adapter {w}/nowhere", "no such adapter file"),
+    ("sample", "--prompt x --user {w}/wide.pt --adapter assets/onehot", "embedding of width 5, but assets/onehot/adapter.safetensors was trained on width 3"),
+    ("sample", "--prompt x --user {u}/light.pt --group 3 --adapter assets/onehot", "has groups 0 to 0"),
+    ("evaluate", "rewards --adapter {w}/nowhere", "nowhere: no such file or folder"),
+    ("evaluate", "rewards --adapter assets/onehot --users {w}/empty", "no pairs.parquet there"),
+    ("sample", "--prompts {w}/latin.txt", "not a UTF-8 text file"),
+    ("evaluate", "rewards --adapter assets/onehot --n 0", "--n 0: expected 1 or more"),
+]
+
+
+@pytest.fixture(scope="module")
+def bad(world, tmp_path_factory):
+    from test_method import Evil
+
+    w = tmp_path_factory.mktemp("bad")
+    for name in ("empty", "torn", "columns", "evil", "nopairs"):
+        (w / name).mkdir()
+    good = sorted(world[0].glob("*.parquet"))[0]
+    (w / "torn" / "torn.parquet").write_bytes(good.read_bytes()[:5000])
+    pq.write_table(pq.read_table(good).drop_columns(["user_id"]), w / "columns" / "c.parquet")
+    (w / "nopairs" / "pairs.parquet").write_bytes(good.read_bytes())
+    (w / "evil" / "pairs.parquet").write_bytes((world[1] / "pairs.parquet").read_bytes())
+    for name in ("light", "warm", "large"):
+        torch.save(dict(embedding=Evil()), w / "evil" / f"{name}.pt")
+    (w / "latin.txt").write_bytes(b"caf\xe9")
+    embed.write_user(w, "wide", embedding=torch.ones(1, 1, 5))
+    return w
+
+
+@pytest.mark.parametrize("name, arguments, message", BAD, ids=[f"{n} {a}"[:60] for n, a, _ in BAD])
+def test_bad_input_gets_one_line(name, arguments, message, bad, world, capsys):
+    module = dict(embed=embed, train=train, sample=sample, evaluate=evaluate)[name]
+    with pytest.raises(SystemExit) as stop:
+        module.main(arguments.format(w=bad, u=world[1]).split())
+    said = (str(stop.value.code) if isinstance(stop.value.code, str) else capsys.readouterr().err).strip()
+    assert said.startswith(f"{name}.py: error: ") and "\n" not in said and message in said, said
+    assert not (bad / "r").exists() and not (bad / "a" / "pairs.parquet").exists()
+    assert not Path("EVIL_WAS_HERE").exists()
+
+
+def test_bad_input_as_a_process(world):
+    done = script("train.py", "--users", "/nowhere", check=False)
+    assert done.returncode == 2 and done.stderr == "train.py: error: --users /nowhere: no pairs.parquet there; run embed.py first\n"
+    done = script("sample.py", "--prompt", "x", "--user", world[1] / "light.pt", "--adapter", world[1], check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "no such adapter file" in done.stderr
+
+
+def test_broken_picture_is_named_and_skipped(world, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    table = pq.read_table(sorted(world[0].glob("*.parquet"))).slice(0, 40)
+    jpgs = table["jpg_0"].to_pylist()
+    jpgs[3], jpgs[4] = b"no picture", jpgs[4][:100]
+    pq.write_table(table.set_column(table.column_names.index("jpg_0"), "jpg_0", [jpgs]), tmp_path / "data" / "d.parquet")
+    rows = [dict(file="d.parquet", row=i) for i in range(2, 7)]
+    assert [row["row"] for row, _, _ in embed.read_images(tmp_path / "data", rows)] == [2, 5, 6]
+    said = capsys.readouterr().err
+    assert "d.parquet row 3 jpg_0: not a usable image" in said and "d.parquet row 4 jpg_0" in said
