@@ -9,9 +9,12 @@ The tiny world's data is drawn into data/tiny on first use.
 """
 import argparse
 import hashlib
+import io
 import json
 import sys
+import warnings
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 
 SPLITS = ("train", "validation", "test-seen", "test-unseen")
@@ -47,13 +50,15 @@ def arguments(argv=None):
 if __name__ == "__main__":
     arguments()  # a wrong flag answers at once, not after the imports
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import tiny
-from ppd import BadInput, open_image, read_pairs, run_script, write_atomically
+from ppd import BadInput, run_script, write_atomically
 
 COLUMNS = dict(ranking_id="an integer", user_id="an integer", caption="a string", image_0_uid="a string",
                image_1_uid="a string", label_0="0, 0.5 or 1")
@@ -130,29 +135,46 @@ def print_table(rows, dropped):
         print(f"dropped: {reason:<25}{count:>8}")
 
 
-def read_images(data, rows):
-    """Yield (row, image_0, image_1) with the pictures opened, file by file, one row group in memory at a time; a broken
-    picture is named and its row skipped."""
-    wanted = {}
-    for row in rows:
-        wanted.setdefault(row["file"], {})[row["row"]] = row
-    for file, by_row in wanted.items():
-        reader, start = pq.ParquetFile(Path(data) / file), 0
-        for group in range(reader.num_row_groups):
-            size = reader.metadata.row_group(group).num_rows
-            inside = [i for i in range(start, start + size) if i in by_row]
-            table = reader.read_row_group(group, columns=["jpg_0", "jpg_1"]) if inside else None
-            for i in inside:
-                try:
-                    yield (by_row[i], *(open_image(table[c][i - start].as_py(), f"{file} row {i} {c}") for c in ("jpg_0", "jpg_1")))
-                except BadInput as problem:
-                    print(f"skipped: {problem}", file=sys.stderr)
-            start += size
+@lru_cache(None)
+def group_starts(file):
+    """First row of each of a parquet file's row groups, and the end."""
+    meta = pq.read_metadata(file)
+    return np.cumsum([0] + [meta.row_group(g).num_rows for g in range(meta.num_row_groups)])
+
+
+@lru_cache(8)
+def read_group(file, group):
+    return pq.ParquetFile(file).read_row_group(group, columns=["jpg_0", "jpg_1"])
+
+
+def read_pictures(data, row):
+    """The two pictures of a row of read_rows or pairs.parquet. Raises BadInput naming file, row and column."""
+    starts = group_starts(Path(data) / row["file"])
+    group = int(np.searchsorted(starts, row["row"], "right")) - 1
+    table, inside = read_group(Path(data) / row["file"], group), row["row"] - starts[group]
+    return [open_image(table[c][inside].as_py(), f"{row['file']} row {row['row']} {c}") for c in ("jpg_0", "jpg_1")]
+
+
+def open_image(source, name):
+    """A picture from a path or from bytes, any mode and orientation -> RGB PIL image; transparency over white. Raises
+    BadInput naming it if it is missing, broken, truncated or too large to be a picture."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = ImageOps.exif_transpose(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert("RGB")
+    except Exception as error:  # Pillow raises a dozen kinds
+        raise BadInput(f"{name}: not a usable image ({type(error).__name__}: {error})") from None
 
 
 # ------------------------------------------------------------------------------------------- rewards (Sec. 5.1)
 def score(name, images):
-    """Reward of pictures of one size, (B,) floats. name: a pixel reward of the tiny world (which works on any picture)."""
+    """Reward of PIL pictures of any sizes, (B,) floats. name: a pixel reward of the tiny world (it works on any picture)."""
+    if len({image.size for image in images}) > 1:
+        return np.concatenate([tiny.reward(name, [image]) for image in images])
     return tiny.reward(name, images)
 
 
@@ -171,27 +193,36 @@ def write_pairs(folder, rows, settings):
     write_atomically(Path(folder) / "pairs.parquet", lambda path: pq.write_table(table, path))
 
 
-def one_hot_users(args, rows, settings):
-    """Sec. 5.1: every pair once per reward, relabelled by it; u is the reward's one-hot vector."""
-    pairs, equal, batch = [], Counter(), []
+def read_pairs(folder):
+    """<folder>/pairs.parquet, written by embed.py -> its rows as dicts, and the settings it was made with."""
+    path = Path(folder) / "pairs.parquet"
+    if not path.is_file():
+        raise BadInput(f"--users {folder}: no pairs.parquet there; run embed.py first")
+    try:
+        table = pq.read_table(path)
+        return table.to_pylist(), json.loads(table.schema.metadata[b"ppd"])
+    except (pa.ArrowException, TypeError, KeyError, ValueError) as error:
+        raise BadInput(f"{path}: not a pairs file of embed.py ({type(error).__name__})") from None
 
-    def relabel():
-        scores = {name: score(name, [im for _, a, b in batch for im in (a, b)]) for name in args.one_hot}
-        for i, (row, _, _) in enumerate(batch):
-            for name in args.one_hot:
-                first, second = map(float, scores[name][2 * i:2 * i + 2])
+
+def one_hot_users(args, rows, settings):
+    """Sec. 5.1: every pair once per reward, relabelled by it; u is the reward's one-hot vector. A pair with a broken
+    picture is named and skipped, one of equal scores is counted and dropped."""
+    pairs, equal = [], Counter()
+    for start in tqdm(range(0, len(rows), 256), desc="scoring pairs", unit="batch", disable=None):
+        batch, images = [], []
+        for row in rows[start:start + 256]:
+            try:
+                images += read_pictures(args.data, row)
+                batch.append(row)
+            except BadInput as problem:
+                print(f"skipped: {problem}", file=sys.stderr)
+        for name in args.one_hot if batch else ():
+            for row, (first, second) in zip(batch, score(name, images).reshape(-1, 2).tolist()):
                 if first == second:
                     equal[name] += 1
-                    continue
-                pairs.append(row | dict(user=name, preferred=int(second > first), groups=[0], score_0=first, score_1=second))
-        batch.clear()
-
-    for item in tqdm(read_images(args.data, rows), total=len(rows), desc="scoring pairs", unit="pair", disable=None):
-        if batch and item[1].size != batch[0][1].size or len(batch) == 256:
-            relabel()
-        batch.append(item)
-    if batch:
-        relabel()
+                else:
+                    pairs.append(row | dict(user=name, preferred=int(second > first), groups=[0], score_0=first, score_1=second))
     Path(args.users).mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(args.one_hot):
         write_user(args.users, name, embedding=torch.eye(len(args.one_hot))[i].view(1, 1, -1), vlm="one-hot")

@@ -39,9 +39,9 @@ if __name__ == "__main__":
     arguments()  # a wrong flag answers at once, not after the imports
 
 import tiny
-from embed import score
-from ppd import BadInput, StableCascade, UserAdapter, grid, load_user, pick_device, read_pairs, run_script, write_atomically
-from sample import generate, standardised
+from embed import read_pairs, score
+from ppd import BadInput, StableCascade, UserAdapter, load_user, pick_device, run_script, write_atomically
+from sample import generate, grid, standardised
 
 
 def wilson(rate, n, z=1.96):

@@ -17,20 +17,16 @@ branch off, so there is never a second copy of it.
 Read in this order: UserAdapter, UserAttnProcessor, ppd_loss, StableCascade. Equation and section numbers are the paper's.
 """
 import contextlib
-import io
 import json
 import os
 import sys
-import warnings
 from pathlib import Path
 
 import einops
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -180,21 +176,20 @@ def denoising_error(noise_pred, noise):
     return (noise.to(exact) - noise_pred.to(exact)).square().mean(dim=(1, 2, 3))
 
 
-def ppd_loss(noise_pred, noise_pred_ref, noise, beta, T=1000, omega=1.0):
-    """Eq. 6, for B pairs: -log sigmoid(-beta T omega Delta). With a policy that sees no user it is Eq. 3, Diffusion-DPO.
+def ppd_loss(noise_pred, noise_pred_ref, noise, beta, T=1000):
+    """Eq. 6, for B pairs: -log sigmoid(-beta T Delta), omega being 1. With a policy that sees no user it is Eq. 3, Diffusion-DPO.
 
     noise_pred: (2B, C, H, W), eps_theta(x_t, c, u, t), preferred pictures first, then the dispreferred in the same order
     noise_pred_ref: the same of the reference, eps_ref(x_t, c, t), without gradient
     noise: (2B, C, H, W), what was added; both halves alike when a pair shares its noise
     beta: KL strength. The norm is a mean and T = 1000, so beta = 1 is beta_dpo = 2000 of Diffusion-DPO's code.
-    omega: weight of the timestep, 1 or (B,)
 
     Returns the losses (B,), not yet averaged, and a dict of (B,) tensors without gradient worth logging:
     implicit_accuracy counts a tie as half (at step 0 every pair is one); the errors are those of Eq. 1.
     """
     error, error_ref = denoising_error(noise_pred, noise), denoising_error(noise_pred_ref, noise)
     preferred, dispreferred = (error - error_ref).chunk(2)
-    logits = -beta * T * omega * (preferred - dispreferred)  # -beta T omega Delta
+    logits = -beta * T * (preferred - dispreferred)  # -beta T Delta
     log = dict(implicit_accuracy=(logits > 0).to(error.dtype) + 0.5 * (logits == 0).to(error.dtype), logits=logits.detach())
     for name, value in (("error", error), ("error_ref", error_ref)):
         log[f"{name}_preferred"], log[f"{name}_dispreferred"] = value.detach().chunk(2)
@@ -283,7 +278,7 @@ class StableCascade:
         return self.prior(x_t, self.round_time(t).to(self.dtype), clip_text_pooled=pooled, clip_text=text, clip_img=no_image).sample
 
     @torch.no_grad()
-    def sample(self, prompts, seeds, adapter=None, tokens=None, user_scale=1.0, uncond_user="off", guidance=None, steps=20):
+    def sample(self, prompts, seeds, adapter=None, tokens=None, user_scale=1.0, uncond_user="same", guidance=None, steps=20):
         """Ancestral DDPM with classifier-free guidance. prompts: B captions; seeds: B ints, each the whole randomness of
         its picture, whatever else is in the batch; tokens: (B, L, d) or None for the base; user_scale multiplies the
         user's term of Eq. 7, 0 is the base exactly; uncond_user: whom the unconditional branch sees, "off" (nobody, so
@@ -294,7 +289,7 @@ class StableCascade:
             active = (tokens, user_scale)
             if guidance > 1:  # one weight a row: 0 switches a row's user off
                 other = adapter.zero_user(b) if uncond_user == "zero" else tokens
-                weight = user_scale * torch.tensor([1.0, uncond_user != "off"], device=self.device)
+                weight = user_scale * torch.tensor([1.0, uncond_user != "off"], dtype=self.dtype, device=self.device)
                 active = (torch.cat([tokens, other]), weight.repeat_interleave(b))
         conditions = self.encode_prompts(prompts)
         if guidance > 1:  # one batch of 2B, conditional half first
@@ -346,7 +341,7 @@ class PatchCodec(nn.Module):
         return einops.rearrange(patches, "b h w (c p q) -> b c (h p) (w q)", p=self.patch, q=self.patch).clamp(0, 1)
 
 
-# ----------------------------------------------------------------------------------------- people's files and pictures
+# ----------------------------------------------------------------------------------------- files and scripts
 def load_user(path):
     """A person's file, written by embed.py: dict with `user` (id), `embedding` (G, S, D) float32 (G four-shot groups, S
     stored VLM states), `shots`, `profile`, `split`, `vlm`, `layer`, `version`. Only tensors and plain values are read:
@@ -361,33 +356,6 @@ def load_user(path):
     if not (torch.is_tensor(e) and e.ndim == 3 and e.dtype == torch.float32 and e.numel() and e.isfinite().all()):
         raise BadInput(f"{path}: expected a dict whose 'embedding' is a finite float32 tensor (groups, states, dim)")
     return user
-
-
-def read_pairs(folder):
-    """<folder>/pairs.parquet, written by embed.py -> its rows as dicts, and the settings it was made with."""
-    path = Path(folder) / "pairs.parquet"
-    if not path.is_file():
-        raise BadInput(f"--users {folder}: no pairs.parquet there; run embed.py first")
-    try:
-        table = pq.read_table(path)
-        return table.to_pylist(), json.loads(table.schema.metadata[b"ppd"])
-    except (pa.ArrowException, TypeError, KeyError, ValueError) as error:
-        raise BadInput(f"{path}: not a pairs file of embed.py ({type(error).__name__})") from None
-
-
-def open_image(source, name):
-    """A picture from a path or from bytes, any mode and orientation -> RGB PIL image; transparency over white. Raises
-    BadInput naming it if it is missing, broken, truncated or too large to be a picture."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = ImageOps.exif_transpose(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except Exception as error:  # Pillow raises a dozen kinds
-        raise BadInput(f"{name}: not a usable image ({type(error).__name__}: {error})") from None
 
 
 def write_atomically(path, write):
@@ -415,19 +383,3 @@ def run_script(name, run, args):
         run(args)
     except (BadInput, OSError) as problem:
         sys.exit(f"{name}: error: {str(problem).strip().splitlines()[-1]}")  # a reader process puts a traceback before it
-
-
-def grid(rows, row_labels, column_labels, size=96):
-    """Labelled contact sheet. rows: list of lists of PIL images; returns one PIL image."""
-    font, pad = ImageFont.load_default(size=13), 4
-    left = int(max(font.getlength(label) for label in row_labels)) + 2 * pad
-    top = 20 * max(label.count("\n") + 1 for label in column_labels)
-    sheet = Image.new("RGB", (left + len(column_labels) * (size + pad), top + len(rows) * (size + pad)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for x, label in enumerate(column_labels):
-        pen.multiline_text((left + x * (size + pad) + size // 2, top // 2), label, "black", font, anchor="mm", align="center")
-    for y, (label, images) in enumerate(zip(row_labels, rows)):
-        pen.text((left - pad, top + y * (size + pad) + size // 2), label, "black", font, anchor="rm")
-        for x, image in enumerate(images):
-            sheet.paste(image.resize((size, size), Image.BICUBIC), (left + x * (size + pad), top + y * (size + pad)))
-    return sheet

@@ -23,7 +23,7 @@ def arguments(argv=None):
     p.add_argument("--user", action="append", default=[], help="FILE.pt, FILE.pt:WEIGHT, zero or base; repeat for several")
     p.add_argument("--user-scale", type=float, default=1.0, help="multiplies the user's term of Eq. 7; 0 is the base (default: %(default)s)")
     p.add_argument("--group", type=int, default=0, help="which of a person's four-shot groups (default: %(default)s)")
-    p.add_argument("--uncond-user", choices=("off", "zero", "same"), default="off", help="whom guidance's unconditional branch sees (default: %(default)s)")
+    p.add_argument("--uncond-user", choices=("off", "zero", "same"), default="same", help="whom guidance's unconditional branch sees (default: %(default)s)")
     p.add_argument("--adapter", help="file or run folder (default: runs/ppd if it is there, else the shipped assets/onehot)")
     p.add_argument("--base", help="default: the one the adapter was trained on; tiny without one")
     p.add_argument("--seed", type=int, default=0, help="of the first picture of a prompt (default: %(default)s)")
@@ -75,11 +75,11 @@ if __name__ == "__main__":
     arguments()  # a wrong flag answers at once, not after the imports
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from ppd import BadInput, StableCascade, UserAdapter, grid, load_user, pick_device, run_script
+from ppd import BadInput, StableCascade, UserAdapter, load_user, pick_device, run_script
 
 
 def standardised(adapter, name, group=0):
@@ -106,6 +106,22 @@ def generate(base, prompts, seeds, adapter=None, person=None, batch=32, desc=Non
             mine = None if tokens is None else tokens.expand(len(some), -1, -1)
             pictures += base.decode(base.sample(some, seeds[i:i + batch], adapter, mine, **how))
     return pictures
+
+
+def grid(rows, row_labels, column_labels, size=96):
+    """Labelled contact sheet. rows: list of lists of PIL images; returns one PIL image."""
+    font, pad = ImageFont.load_default(size=13), 4
+    left = int(max(font.getlength(label) for label in row_labels)) + 2 * pad
+    top = 20 * max(label.count("\n") + 1 for label in column_labels)
+    sheet = Image.new("RGB", (left + len(column_labels) * (size + pad), top + len(rows) * (size + pad)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for x, label in enumerate(column_labels):
+        pen.multiline_text((left + x * (size + pad) + size // 2, top // 2), label, "black", font, anchor="mm", align="center")
+    for y, (label, images) in enumerate(zip(row_labels, rows)):
+        pen.text((left - pad, top + y * (size + pad) + size // 2), label, "black", font, anchor="rm")
+        for x, image in enumerate(images):
+            sheet.paste(image.resize((size, size), Image.BICUBIC), (left + x * (size + pad), top + y * (size + pad)))
+    return sheet
 
 
 def run(args):

@@ -19,32 +19,34 @@ from pathlib import Path
 
 # Defaults by base. batch: pairs a step, over all GPUs; micro: pairs a GPU holds at once; steps None: one epoch.
 RECIPES = {
-    "tiny": dict(batch=32, micro=32, lr=2e-3, beta=1.0, max_steps=300, warmup=20, decay="cosine", tokens=4, token_dim=64),
-    "full": dict(batch=768, micro=8, lr=1e-5, beta=1.0, max_steps=None, warmup=20, decay="constant", tokens=4, token_dim=1024),
+    "tiny": dict(batch=32, micro=32, lr=5e-4, beta=6.0, t_min=0.85, max_steps=300, warmup=20, decay="cosine", tokens=4, token_dim=64),
+    "full": dict(batch=768, micro=8, lr=1e-5, beta=1.0, t_min=0.001, max_steps=None, warmup=20, decay="constant", tokens=4, token_dim=1024),
 }
 
 
 def arguments(argv=None):
     p = argparse.ArgumentParser(prog="train.py", usage=argparse.SUPPRESS, description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+    by_base = lambda key: "(default: tiny {}, full scale {})".format(*(RECIPES[base][key] or "one epoch" for base in ("tiny", "full")))
     p.add_argument("--base", default="tiny", help="'tiny' or a folder in the hub's layout (default: %(default)s)")
     p.add_argument("--users", default="users", help="folder that embed.py wrote (default: %(default)s)")
     p.add_argument("--data", help="folder of the parquet files, if it moved since embed.py read it")
     p.add_argument("--out", default="runs/ppd", help="folder to write (default: %(default)s)")
     p.add_argument("--resume", action="store_true", help="continue the run in --out; starts at 0 if there is none")
     p.add_argument("--objective", choices=("ppd", "dpo", "sft"), default="ppd")
-    p.add_argument("--beta", type=float, help="KL strength of Eq. 6; the paper tries 0.1 to 2 (default: 1)")
-    p.add_argument("--max-steps", type=int, help="optimizer steps (default: tiny 300, full scale one epoch)")
-    p.add_argument("--batch", type=int, help="pairs a step, over all GPUs together (default: tiny 32, full scale 768)")
-    p.add_argument("--micro", type=int, help="pairs a GPU holds at once; the rest is accumulated (default: tiny 32, full scale 8)")
-    p.add_argument("--lr", type=float, help="of AdamW (default: tiny 2e-3, full scale 1e-5)")
-    p.add_argument("--warmup", type=int, help="steps of linear warm-up (default: 20)")
-    p.add_argument("--decay", choices=("constant", "cosine"), help="after warm-up (default: tiny cosine, full scale constant)")
+    p.add_argument("--beta", type=float, help="KL strength of Eq. 6; the paper tries 0.1 to 2 " + by_base("beta"))
+    p.add_argument("--t-min", type=float, help="timesteps are drawn from [t-min, 1], 1 being pure noise " + by_base("t_min"))
+    p.add_argument("--max-steps", type=int, help="optimizer steps " + by_base("max_steps"))
+    p.add_argument("--batch", type=int, help="pairs a step, over all GPUs together " + by_base("batch"))
+    p.add_argument("--micro", type=int, help="pairs a GPU holds at once; the rest is accumulated " + by_base("micro"))
+    p.add_argument("--lr", type=float, help="of AdamW " + by_base("lr"))
+    p.add_argument("--warmup", type=int, help="steps of linear warm-up " + by_base("warmup"))
+    p.add_argument("--decay", choices=("constant", "cosine"), help="after warm-up " + by_base("decay"))
     p.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
     p.add_argument("--user-drop", type=float, default=0.1, help="share of pairs whose user is zeroed (default: %(default)s)")
     p.add_argument("--noise", choices=("shared", "separate"), default="shared", help="one noise a pair, or one a picture as Eq. 6 writes it")
-    p.add_argument("--tokens", type=int, help="user tokens (default: 4)")
-    p.add_argument("--token-dim", type=int, help="their width (default: tiny 64, full scale 1024)")
+    p.add_argument("--tokens", type=int, help="user tokens " + by_base("tokens"))
+    p.add_argument("--token-dim", type=int, help="their width " + by_base("token_dim"))
     p.add_argument("--checkpointing", action="store_true", help="recompute activations in backward: less memory, a third slower")
     p.add_argument("--save-every", type=int, default=100, help="steps (default: %(default)s)")
     p.add_argument("--log-every", type=int, default=10, help="steps (default: %(default)s)")
@@ -58,17 +60,17 @@ def arguments(argv=None):
     for key, value in RECIPES["tiny" if args.base == "tiny" else "full"].items():
         if getattr(args, key) is None:
             setattr(args, key, max(1, min(value, args.batch // world)) if key == "micro" else value)
-    least = dict(batch=1, micro=1, save_every=1, log_every=1, tokens=1, token_dim=1, seed=0, workers=0, warmup=0, preview_every=0)
+    least = dict(batch=1, micro=1, max_steps=1, save_every=1, log_every=1, tokens=1, token_dim=1, seed=0, workers=0, warmup=0, preview_every=0)
     for key, low in least.items():
-        if getattr(args, key) < low:
-            p.error(f"--{key.replace('_', '-')} {getattr(args, key)}: expected {low} or more")
+        if (value := getattr(args, key)) is not None and value < low:
+            p.error(f"--{key.replace('_', '-')} {value}: expected {low} or more")
     for key in ("beta", "lr", "clip"):
         if not (math.isfinite(getattr(args, key)) and getattr(args, key) > 0):
             p.error(f"--{key} {getattr(args, key)}: expected a number above 0")
+    if not 0 < args.t_min < 1:
+        p.error(f"--t-min {args.t_min}: expected a timestep in (0, 1)")
     if not 0 <= args.user_drop <= 1:
         p.error(f"--user-drop {args.user_drop}: expected a share in [0, 1]")
-    if args.max_steps is not None and args.max_steps < 1:
-        p.error(f"--max-steps {args.max_steps}: expected 1 or more")
     if args.batch % (args.micro * world):
         p.error(f"--batch {args.batch}: expected a multiple of --micro x processes = {args.micro * world}")
     if not (Path(args.users) / "pairs.parquet").is_file():
@@ -84,36 +86,24 @@ if __name__ == "__main__":
 import contextlib
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from ppd import (BadInput, StableCascade, UserAdapter, denoising_error, grid, load_user, open_image, pick_device, ppd_loss,
-                 read_pairs, run_script, write_atomically)
+from embed import read_pairs, read_pictures
+from ppd import BadInput, StableCascade, UserAdapter, denoising_error, load_user, pick_device, ppd_loss, run_script, write_atomically
+from sample import grid
 
 
 # ---------------------------------------------------------------------------------------------------- people and pairs
 def load_users(folder, names):
-    """{name: (groups, D) float32}, the last stored state of each person's file."""
+    """{name: (groups, D) float32}, the last stored state of each person's file; and whether they are one-hot."""
     users = {name: load_user(Path(folder) / f"{name}.pt") for name in names}
     dims = {user["embedding"].shape[-1] for user in users.values()}
     if len(dims) > 1:
         raise BadInput(f"--users {folder}: embeddings of different widths {sorted(dims)}; expected one")
     return {name: user["embedding"][:, -1] for name, user in users.items()}, {user.get("vlm") for user in users.values()} == {"one-hot"}
-
-
-@lru_cache(None)
-def group_starts(file):
-    """First row of each of a parquet file's row groups, and the end."""
-    meta = pq.read_metadata(file)
-    return np.cumsum([0] + [meta.row_group(g).num_rows for g in range(meta.num_row_groups)])
-
-
-@lru_cache(64)
-def read_group(file, group):
-    return pq.ParquetFile(file).read_row_group(group, columns=["jpg_0", "jpg_1"])
 
 
 @lru_cache(2)
@@ -127,9 +117,9 @@ class Pairs(torch.utils.data.Dataset):
     Everything random about it comes from (seed, position) alone: the same on 1 GPU or 64, however accumulated, and after
     a resume. Its pictures are read from the parquet files as they are needed."""
 
-    def __init__(self, rows, data, users, latent_shape, seed, separate_noise):
+    def __init__(self, rows, data, users, latent_shape, seed, separate_noise, t_min):
         self.rows, self.data, self.users = rows, Path(data), users
-        self.latent_shape, self.seed, self.separate_noise = latent_shape, seed, separate_noise
+        self.latent_shape, self.seed, self.separate_noise, self.t_min = latent_shape, seed, separate_noise, t_min
 
     def __getitem__(self, position):
         epoch, i = divmod(position, len(self.rows))
@@ -138,12 +128,9 @@ class Pairs(torch.utils.data.Dataset):
         g = torch.Generator().manual_seed(int(key) >> 1)
         u_time, u_drop, u_group = torch.rand(3, generator=g, dtype=torch.float64).tolist()
         noise = torch.randn(2, *self.latent_shape, generator=g)
-        starts = group_starts(self.data / row["file"])
-        group = int(np.searchsorted(starts, row["row"], "right")) - 1
-        table, inside = read_group(self.data / row["file"], group), row["row"] - starts[group]
-        pictures = [open_image(table[c][inside].as_py(), f"{row['file']} row {row['row']} {c}") for c in ("jpg_0", "jpg_1")]
+        pictures = read_pictures(self.data, row)
         return dict(caption=row["caption"], ranking_id=row["ranking_id"], preferred=pictures[row["preferred"]],
-                    dispreferred=pictures[1 - row["preferred"]], t=0.001 + 0.999 * u_time, u_drop=u_drop,
+                    dispreferred=pictures[1 - row["preferred"]], t=self.t_min + (1 - self.t_min) * u_time, u_drop=u_drop,
                     noise=noise if self.separate_noise else noise[:1].expand_as(noise),
                     user=self.users[row["user"]][row["groups"][int(u_group * len(row["groups"]))]])  # one of the groups it may have
 
@@ -170,8 +157,8 @@ def forward(base, adapter, batch, objective, beta, user_drop, backward=None):
     with adapter.user(adapter(batch["user"].to(base.device, dtype), drop)):  # B rows serve both halves
         noise_pred = base.predict_noise(x_t, t, text, pooled)
         if objective == "sft":
-            losses = denoising_error(noise_pred, noise)  # Eq. 1
-            log = dict(error_preferred=losses.detach())
+            error = denoising_error(noise_pred, noise)
+            losses, log = error, dict(error_preferred=error.detach())  # Eq. 1
         else:
             losses, log = ppd_loss(noise_pred, reference, noise, beta)  # Eq. 6; Eq. 3 for dpo
         if backward is not None:
@@ -266,16 +253,16 @@ def run(args):
         f"{len(base.channels)} attention layers; adapter {sum(p.numel() for p in parameters) / 1e6:.2f}M, {args.tokens} tokens of {args.token_dim}")
     say(f"{len(rows['train'])} training pairs of {len({r['user'] for r in rows['train']})} users; {args.batch} a step = {args.micro} x {world} processes x {accumulate} accumulated; "
         f"{args.max_steps} steps = {args.max_steps * args.batch / len(rows['train']):.2f} epochs")
-    say(f"objective {args.objective}, beta {args.beta:g}, lr {args.lr:g} ({args.decay}, {args.warmup} warm-up), user drop {args.user_drop:g}, seed {args.seed}")
+    say(f"objective {args.objective}, beta {args.beta:g}, t from {args.t_min:g} to 1, lr {args.lr:g} ({args.decay}, {args.warmup} warm-up), user drop {args.user_drop:g}, seed {args.seed}")
 
-    pairs = Pairs(rows["train"], data, users, base.latent_shape, args.seed, args.noise == "separate")
+    pairs = Pairs(rows["train"], data, users, base.latent_shape, args.seed, args.noise == "separate", args.t_min)
     positions = [[step * args.batch + (m * world + rank) * args.micro + i for i in range(args.micro)]
                  for step in range(start, args.max_steps) for m in range(accumulate)]
     ignore = lambda _: signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which saves
     batches = iter(torch.utils.data.DataLoader(pairs, batch_sampler=positions, num_workers=args.workers, collate_fn=collate, worker_init_fn=ignore))
     fixed = []  # a fixed validation batch: the same pairs, noise and timesteps every time, whatever --seed
     if rows["validation"] and rank == 0:
-        held = Pairs(rows["validation"], data, users, base.latent_shape, 0, args.noise == "separate")
+        held = Pairs(rows["validation"], data, users, base.latent_shape, 0, args.noise == "separate", args.t_min)
         count = min(64, len(held.rows))
         fixed = [collate([held[i] for i in range(k, min(k + args.micro, count))]) for k in range(0, count, args.micro)]
 

@@ -68,15 +68,15 @@ def test_baselines_are_the_same_loop(objective, world, tmp_path):
     torch.manual_seed(0)
     change = (adapter.project.weight - ppd.UserAdapter(3, adapter.channels).project.weight).abs().max().item()
     if objective == "dpo":  # everybody is the zero user: the projector's weight sees zeros, only weight decay touches it
-        assert change < 1e-5 and lines(tmp_path)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert change < 1e-6 and lines(tmp_path)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     else:
-        assert change > 1e-4 and lines(tmp_path)[0]["loss"] == pytest.approx(lines(tmp_path)[0]["error_preferred"])
+        assert change > 1e-5 and lines(tmp_path)[0]["loss"] == pytest.approx(lines(tmp_path)[0]["error_preferred"])
 
 
 def test_accumulation_and_ranks_change_nothing(world, tmp_path):
     """1 process x 8 accumulated = 1 x 8 at once = 2 processes x 4, in float64 to 1e-9, in float32 to 1e-5."""
     for dtype, tolerance in (("float64", 1e-9), ("float32", 1e-5)):
-        common = ["--users", world[1], *TRAIN, "--max-steps", 2, "--dtype", dtype]
+        common = ["--users", world[1], *TRAIN, "--max-steps", 2, "--beta", 1, "--dtype", dtype]
         ways = dict(whole=["train.py", "--micro", 8], split=["train.py", "--micro", 1, "--workers", 2],
                     ranks=["-m", "torch.distributed.run", "--nproc-per-node", 2, "train.py", "--micro", 4])
         state, log = {}, {}
@@ -107,17 +107,17 @@ def test_users_of_a_vlm_are_standardised_and_groups_drawn(world, tmp_path):
     adapter = ppd.UserAdapter.load(tmp_path / "run")
     assert torch.allclose(adapter.mean, vectors.flatten(0, 2).mean(0)) and torch.allclose(adapter.std, vectors.flatten(0, 2).std(0, correction=0))
     assert (adapter.tokens, adapter.user_dim) == (2, 6)
-    rows = [dict(r, groups=[0, 1]) for r in ppd.read_pairs(world[1])[0] if r["split"] == "train"]
+    rows = [dict(r, groups=[0, 1]) for r in embed.read_pairs(world[1])[0] if r["split"] == "train"]
     people = train.load_users(tmp_path / "users", ["light", "warm", "large"])[0]
-    items = [train.Pairs(rows, world[0], people, (16, 8, 8), 0, False)[i] for i in range(40)]
+    items = [train.Pairs(rows, world[0], people, (16, 8, 8), 0, False, 0.75)[i] for i in range(40)]
     drawn = [next((n, g) for n, v in people.items() for g in (0, 1) if torch.equal(item["user"], v[g])) for item in items]
     assert {g for _, g in drawn} == {0, 1} and {n for n, _ in drawn} == {"light", "warm", "large"}
 
 
 def test_pairs_are_keyed_by_seed_and_position(world):
-    rows = [r for r in ppd.read_pairs(world[1])[0] if r["split"] == "train"]
+    rows = [r for r in embed.read_pairs(world[1])[0] if r["split"] == "train"]
     people = train.load_users(world[1], ["light", "warm", "large"])[0]
-    make = lambda seed=0, separate=False: train.Pairs(rows, world[0], people, (16, 8, 8), seed, separate)
+    make = lambda seed=0, separate=False: train.Pairs(rows, world[0], people, (16, 8, 8), seed, separate, 0.75)
     a, b, n = make()[5], make()[5], len(rows)
     assert torch.equal(a["noise"], b["noise"]) and (a["t"], a["u_drop"], a["ranking_id"]) == (b["t"], b["u_drop"], b["ranking_id"])
     assert torch.equal(a["noise"][0], a["noise"][1]) and not torch.equal(*make(separate=True)[5]["noise"])  # Eq. 6 writes two noises
@@ -128,7 +128,7 @@ def test_pairs_are_keyed_by_seed_and_position(world):
     for i in range(10):  # the right pictures, the preferred one first
         item, row = make()[i], rows[train.epoch_order(0, 0, n)[i]]
         better, worse = (images[item["ranking_id"]][f"jpg_{k}"] for k in (row["preferred"], 1 - row["preferred"]))
-        assert item["preferred"].tobytes() == ppd.open_image(better, "").tobytes() and item["dispreferred"].tobytes() == ppd.open_image(worse, "").tobytes()
+        assert item["preferred"].tobytes() == embed.open_image(better, "").tobytes() and item["dispreferred"].tobytes() == embed.open_image(worse, "").tobytes()
 
 
 def test_resume_is_exact(world, trained, tmp_path):
@@ -166,7 +166,7 @@ def test_resume_says_what_it_does(world, trained, tmp_path, capsys):
 
 def test_a_non_finite_loss_stops_before_the_step(world, tmp_path, monkeypatch):
     real = train.ppd_loss
-    monkeypatch.setattr(train, "ppd_loss", lambda *a: (lambda losses, log: (losses * math.nan, log))(*real(*a)))
+    monkeypatch.setattr(train, "ppd_loss", lambda *a, **k: (lambda losses, log: (losses * math.nan, log))(*real(*a, **k)))
     with pytest.raises(SystemExit, match="step 0: loss nan"):
         train.main(["--users", str(world[1]), "--out", str(tmp_path), *TRAIN])
     assert not (tmp_path / "adapter.safetensors").exists()
@@ -283,6 +283,8 @@ def bad(world, tmp_path_factory):
 
 @pytest.mark.parametrize("name, arguments, message", BAD, ids=[f"{n} {a}"[:60] for n, a, _ in BAD])
 def test_bad_input_gets_one_line(name, arguments, message, bad, world, capsys):
+    if "--device cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
     module = dict(embed=embed, train=train, sample=sample, evaluate=evaluate)[name]
     with pytest.raises(SystemExit) as stop:
         module.main(arguments.format(w=bad, u=world[1]).split())
@@ -303,9 +305,12 @@ def test_broken_picture_is_named_and_skipped(world, tmp_path, capsys):
     (tmp_path / "data").mkdir()
     table = pq.read_table(sorted(world[0].glob("*.parquet"))).slice(0, 40)
     jpgs = table["jpg_0"].to_pylist()
-    jpgs[3], jpgs[4] = b"no picture", jpgs[4][:100]
+    file = sorted(world[0].glob("*.parquet"))[0].name
+    good, bad, worse = sorted({p["row"] for p in embed.read_pairs(world[1])[0] if p["file"] == file and p["user"] == "light"})[:3]
+    jpgs[bad], jpgs[worse] = b"no picture", jpgs[worse][:100]
     pq.write_table(table.set_column(table.column_names.index("jpg_0"), "jpg_0", [jpgs]), tmp_path / "data" / "d.parquet")
-    rows = [dict(file="d.parquet", row=i) for i in range(2, 7)]
-    assert [row["row"] for row, _, _ in embed.read_images(tmp_path / "data", rows)] == [2, 5, 6]
+    embed.main(["--data", str(tmp_path / "data"), "--users", str(tmp_path / "u"), "--one-hot", "light"])
+    rows = {row["row"] for row in embed.read_pairs(tmp_path / "u")[0]}
+    assert good in rows and not {bad, worse} & rows
     said = capsys.readouterr().err
-    assert "d.parquet row 3 jpg_0: not a usable image" in said and "d.parquet row 4 jpg_0" in said
+    assert f"d.parquet row {bad} jpg_0: not a usable image" in said and f"d.parquet row {worse} jpg_0" in said

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import script
 from PIL import Image
+from safetensors.torch import load_file
 
 import embed
 import tiny
@@ -119,13 +120,50 @@ def test_codec_is_nearly_lossless(drawn):
     assert error.mean() < 0.015
 
 
-def test_base_training_runs_and_resumes(tmp_path):
+def test_base_training(tmp_path):
     """The command that made assets/tiny, for two steps; TORCHDYNAMO_DISABLE spares the compilation."""
     few = ["tiny.py", "base", "--out", tmp_path, "--steps", 2, "--batch", 4, "--pictures", 80, "--width", 64, "--layers", 1, 1]
     script(*few, TORCHDYNAMO_DISABLE="1")
-    made = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
-    shipped = {str(p.relative_to(embed.tiny.Path("assets/tiny"))) for p in embed.tiny.Path("assets/tiny").rglob("*") if p.is_file()}
+    made, shipped = ({str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()} for folder in (tmp_path, tiny.Path("assets/tiny")))
     assert made == shipped
     base = StableCascade(tmp_path)
     assert base.latent_shape == (16, 8, 8) and base.prior.config.dropout == [0.1, 0.1] and base.prior.config.switch_level == [False]
     assert torch.isfinite(base.sample(["a red star"], [0], steps=2)).all()
+
+
+def test_base_training_resumes_exactly(tmp_path, monkeypatch):
+    few = dict(steps=4, batch=4, lr=1e-3, seed=0, pictures=80, width=64, layers=(1, 1), save_every=1)
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def killed_in_the_third_step(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return clip(*args)
+
+    with torch.compiler.set_stance("force_eager"):
+        tiny.train_base(tmp_path / "whole", **few)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(torch.nn.utils, "clip_grad_norm_", killed_in_the_third_step)
+            tiny.train_base(tmp_path / "parts", **few)
+        assert torch.load(tmp_path / "parts" / "state.pt", weights_only=True)["step"] == 2
+        tiny.train_base(tmp_path / "parts", **few)
+    for file in sorted((tmp_path / "whole").rglob("*.safetensors")):
+        a, b = load_file(file), load_file(tmp_path / "parts" / file.relative_to(tmp_path / "whole"))
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), file
+    with torch.compiler.set_stance("force_eager"):  # --init goes on from a finished base: no step at rate 0 changes it
+        tiny.train_base(tmp_path / "more", **few | dict(steps=1, lr=0.0, seed=1), init=tmp_path / "whole", lean=1.3)
+    for file in sorted((tmp_path / "whole").rglob("*.safetensors")):
+        a, b = load_file(file), load_file(tmp_path / "more" / file.relative_to(tmp_path / "whole"))
+        assert all(torch.equal(a[k], b[k]) for k in a), file
+    with pytest.raises(SystemExit, match="finished base"):
+        tiny.train_base(tmp_path / "parts", **few)
+
+
+def test_taste_words_steer_the_base():
+    """A third of its captions carried them; experiments compare PPD with simply writing the taste into the prompt."""
+    base, plain = StableCascade("tiny"), sorted(TEST) * 2
+    before = base.decode(base.sample(plain, range(16)))
+    for word in ("light", "dark", "warm", "cool", "large", "small"):  # those of place are followed weakly
+        worded = base.decode(base.sample([f"{caption}, {word}" for caption in plain], range(16)))
+        assert (tiny.reward(word, worded) - tiny.reward(word, before)).mean() > 0.5, word
