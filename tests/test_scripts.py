@@ -124,7 +124,7 @@ def test_pairs_are_keyed_by_seed_and_position(world):
     assert not torch.equal(a["noise"], make()[6]["noise"]) and not torch.equal(a["noise"], make(seed=1)[5]["noise"])
     first, second = (train.epoch_order(0, epoch, n).tolist() for epoch in (0, 1))
     assert sorted(first) == sorted(second) == list(range(n)) and first != second and not torch.equal(a["noise"], make()[5 + n]["noise"])
-    images = {r["ranking_id"]: r for f in sorted(world[0].glob("*.parquet")) for r in pq.read_table(f).to_pylist()}
+    images = {r["ranking_id"]: r for f in sorted(world[0].glob("*.parquet")) for r in pq.read_table(f, columns=["ranking_id", "jpg_0", "jpg_1"]).to_pylist()}
     for i in range(10):  # the right pictures, the preferred one first
         item, row = make()[i], rows[train.epoch_order(0, 0, n)[i]]
         better, worse = (images[item["ranking_id"]][f"jpg_{k}"] for k in (row["preferred"], 1 - row["preferred"]))
