@@ -206,7 +206,7 @@ def read_pairs(folder):
 
 
 def one_hot_users(args, rows, settings):
-    """Sec. 5.1: every pair once per reward, relabelled by it; u is the reward's one-hot vector. A pair with a broken
+    """Sec. 5.1: every kept pair once per reward, relabelled by it; u is the reward's one-hot vector. A pair with a broken
     picture is named and skipped, one of equal scores is counted and dropped."""
     pairs, equal = [], Counter()
     for start in tqdm(range(0, len(rows), 256), desc="scoring pairs", unit="batch", disable=None):
@@ -223,6 +223,8 @@ def one_hot_users(args, rows, settings):
                     equal[name] += 1
                 else:
                     pairs.append(row | dict(user=name, preferred=int(second > first), groups=[0], score_0=first, score_1=second))
+    if not pairs:
+        raise BadInput(f"--data {args.data}: no pair is left, every one is broken or of equal scores")
     Path(args.users).mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(args.one_hot):
         write_user(args.users, name, embedding=torch.eye(len(args.one_hot))[i].view(1, 1, -1), vlm="one-hot")

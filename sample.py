@@ -1,8 +1,8 @@
 """Pictures for a person and a prompt.
 
     python sample.py --user assets/onehot/warm.pt --prompt "a red star"               # right after the clone
-    python sample.py --user base --user zero --user users/17.pt --prompt "a red star" "a blue circle"    # a labelled grid
-    python sample.py --user users/17.pt:0.7 --user users/23.pt:0.3 --user-scale 1.5 --prompt "a red star"    # blend people
+    python sample.py --user base --user zero --user assets/onehot/light.pt --prompt "a red star" "a blue circle"    # a labelled grid
+    python sample.py --user assets/onehot/warm.pt:0.7 --user assets/onehot/large.pt:0.3 --user-scale 1.5 --prompt "a red star"    # blend people
 
 --user without a weight: one picture each. With weights: all of them blended into one person. `zero` is the population's
 taste, `base` (or no --user) the untouched base. The settings of every picture are in its PNG metadata.

@@ -175,7 +175,7 @@ def write_data(out, users=1000, pairs_per_user=20, seed=1):
 
     if Path(out).exists():
         raise SystemExit(f"tiny.py: error: --out {out} is there already; delete it or choose another folder")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng([seed, 1])  # a stream of its own: the base's pictures come from default_rng(seed)
     tastes, words = people(users, seed)
     rows, agree, lighter = [], [], []
     for user in tqdm(range(users), desc="drawing people's choices", disable=None):

@@ -9,6 +9,7 @@ previews/. The baselines are the same loop: --objective dpo is Diffusion-DPO (Eq
 tokens of their own), --objective sft is Eq. 1 on the preferred pictures with the user as condition.
 """
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -57,7 +58,8 @@ def arguments(argv=None):
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float64"), default="auto", help="of the frozen base; auto: float32 on CPU, else bfloat16")
     args = p.parse_args(argv)
     world = int(os.environ.get("WORLD_SIZE", 1))
-    for key, value in RECIPES["tiny" if args.base == "tiny" else "full"].items():
+    small = args.base == "tiny" or (Path(args.base.partition(":")[0]) / "codec").is_dir()  # a retrained tiny base is one too
+    for key, value in RECIPES["tiny" if small else "full"].items():
         if getattr(args, key) is None:
             setattr(args, key, max(1, min(value, args.batch // world)) if key == "micro" else value)
     least = dict(batch=1, micro=1, max_steps=1, save_every=1, log_every=1, tokens=1, token_dim=1, seed=0, workers=0, warmup=0, preview_every=0)
@@ -177,18 +179,18 @@ def validate(base, adapter, batches, args):
     parts = []
     for batch in batches:
         losses, log = forward(base, adapter, batch, "dpo" if args.objective == "dpo" else "ppd", args.beta, user_drop=0)
-        parts.append(dict(loss=losses, **log))
+        parts.append(log if args.objective == "sft" else dict(loss=losses, **log))  # sft's own loss is another quantity
     return {f"validation_{k}": torch.cat([p[k] for p in parts]).mean().item() for k in parts[0]} if parts else {}
 
 
 @torch.no_grad()
-def preview(base, adapter, rows, users, path):
+def preview(base, adapter, rows, users, objective, path):
     """A sheet for three captions and three people of `rows`, the base beside them."""
     captions, names = sorted({r["caption"] for r in rows})[:3], sorted({r["user"] for r in rows})[:3]
     columns = {"base": base.sample(captions, range(len(captions)))}
     for name in names:
-        tokens = adapter(users[name][:1].to(adapter.mean)).expand(len(captions), -1, -1)
-        columns[name] = base.sample(captions, range(len(captions)), adapter, tokens)
+        tokens = adapter.zero_user() if objective == "dpo" else adapter(users[name][:1].to(adapter.mean))
+        columns[name] = base.sample(captions, range(len(captions)), adapter, tokens.expand(len(captions), -1, -1))
     path.parent.mkdir(exist_ok=True)
     grid(list(zip(*map(base.decode, columns.values()))), captions, list(columns)).save(path)
 
@@ -232,7 +234,8 @@ def run(args):
 
     out, start = Path(args.out), 0
     free = ("resume", "out", "users", "data", "device", "workers", "micro", "checkpointing", "save_every", "log_every", "preview_every")
-    config = {k: v for k, v in vars(args).items() if k not in free} | dict(pairs=len(rows["train"]))  # what a resume must share
+    config = {k: v for k, v in vars(args).items() if k not in free}  # what a resume must share
+    config |= dict(pairs=len(rows["train"]), users=hashlib.sha256(b"".join(users[name].numpy().tobytes() for name in sorted(users))).hexdigest()[:16])
     if args.resume and (out / "state.pt").exists():
         state = load_state(out / "state.pt", config)
         adapter.load_state_dict(state["adapter"]), optimizer.load_state_dict(state["optimizer"])
@@ -316,7 +319,7 @@ def run(args):
             if (step + 1) % args.save_every == 0 or step + 1 == args.max_steps or stopping:
                 save(step + 1)
             if fixed and args.preview_every and ((step + 1) % args.preview_every == 0 or step + 1 == args.max_steps):
-                preview(base, adapter, rows["validation"], users, out / "previews" / f"step-{step + 1:06d}.png")
+                preview(base, adapter, rows["validation"], users, args.objective, out / "previews" / f"step-{step + 1:06d}.png")
             if stopping:
                 say(f"stopped by a signal after step {step}, saved; --resume goes on")
                 break
