@@ -162,6 +162,14 @@ def test_resume_says_what_it_does(world, trained, tmp_path, capsys):
     for change, message in ((["--beta", "0.5"], "--beta is 0.5, but the run"), (["--seed", "1"], "--seed is 1, but the run")):
         with pytest.raises(SystemExit, match=message):
             train.main(["--users", str(world[1]), "--out", str(trained), *TRAIN, "--max-steps", "4", "--preview-every", "4", "--resume", *change])
+    script("embed.py", "--data", world[0], "--one-hot", "warm", "light", "large", "--users", tmp_path / "swapped")  # as many pairs, other vectors
+    with pytest.raises(SystemExit, match="--users is"):
+        train.main(["--users", str(tmp_path / "swapped"), "--out", str(trained), *TRAIN, "--max-steps", "4", "--preview-every", "4", "--resume"])
+
+
+def test_a_base_with_a_small_codec_gets_the_small_recipe(world):
+    recipe = lambda base: train.arguments(["--users", str(world[1]), "--out", "nowhere", "--base", base]).batch
+    assert recipe("tiny") == recipe("assets/tiny") == train.RECIPES["tiny"]["batch"] and recipe("stable-cascade") == train.RECIPES["full"]["batch"]
 
 
 def test_a_non_finite_loss_stops_before_the_step(world, tmp_path, monkeypatch):
