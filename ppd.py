@@ -45,7 +45,8 @@ class UserAdapter(nn.Module):
     channels: width of each attention layer, in the network's own order. V' starts at zero, so a new adapter changes
     nothing and the first loss is ln 2. One token would leave K' without a gradient (a softmax over one key is 1
     whatever the key), hence several. The projector has biases, so the zero user (the *mean* user, where embeddings are
-    standardised; no reward at all, where they are one-hot) has tokens of its own and learns the population's taste; the reference is no tokens at all, not zero.
+    standardised; no reward at all, where they are one-hot) has tokens of its own and learns the population's taste; the
+    reference is no tokens at all, not zero.
     """
 
     def __init__(self, user_dim, channels, tokens=4, token_dim=64):
@@ -211,7 +212,8 @@ class StableCascade:
         for library in (diffusers, transformers):  # their bars and notices would hide our own lines
             library.utils.logging.set_verbosity_error(), library.utils.logging.disable_progress_bar()
 
-        self.name, (where, _, sub) = str(base), str(base).partition(":")
+        self.name = str(base)
+        where, _, sub = self.name.partition(":")
         folder, sub = TINY if where == "tiny" else Path(where), sub or "prior"
         if not (folder / sub).is_dir():
             raise BadInput(f"--base {base}: no folder {folder / sub}; expected 'tiny' or a folder with {sub}, text_encoder, "

@@ -286,7 +286,7 @@ def train_base(out, steps, batch, lr, seed, pictures, width, layers, init=None, 
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from tqdm import tqdm
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-    from ppd import PatchCodec
+    from ppd import PatchCodec, write_atomically
 
     if (Path(out) / "prior").exists() and not (Path(out) / "state.pt").exists():
         raise SystemExit(f"tiny.py: error: --out {out} holds a finished base; choose another folder")
@@ -329,8 +329,8 @@ def train_base(out, steps, batch, lr, seed, pictures, width, layers, init=None, 
     optimizer = torch.optim.AdamW(models.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     fast = torch.compile(prior)
     # Taste words act at the very first, noisiest steps, whose errors are a thousandth of the last ones': with t uniform
-    # and errors unweighted the words are never learned. So t leans to 1 (with 2, half are above 0.75), and every timestep's error counts relative to
-    # what is usual there (Stage C's own "adaptive" weight).
+    # and errors unweighted the words are never learned. So t leans to 1 (with 2, half are above 0.75), and every
+    # timestep's error counts relative to what is usual there (Stage C's own "adaptive" weight).
     typical = torch.ones(50, device=device)
     start, state = 0, Path(out) / "state.pt"
     Path(out).mkdir(parents=True, exist_ok=True)
@@ -342,9 +342,8 @@ def train_base(out, steps, batch, lr, seed, pictures, width, layers, init=None, 
           f"{sum(p.numel() for p in text.parameters()) / 1e6:.2f}M parameters, {device}, from step {start}")
 
     def save(step):
-        temporary = state.with_suffix(".tmp")
-        torch.save(dict(models=models.state_dict(), optimizer=optimizer.state_dict(), ema=ema, typical=typical, step=step), temporary)
-        os.replace(temporary, state)
+        saved = dict(models=models.state_dict(), optimizer=optimizer.state_dict(), ema=ema, typical=typical, step=step)
+        write_atomically(state, lambda path: torch.save(saved, path))
         now = {k: v.clone() for k, v in models.state_dict().items()}
         models.load_state_dict(ema)
         for model, name in ((prior, "prior"), (text, "text_encoder")):  # bf16 on disk, as the release's variant

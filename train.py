@@ -159,8 +159,8 @@ def forward(base, adapter, batch, objective, beta, user_drop, backward=None):
     with adapter.user(adapter(batch["user"].to(base.device, dtype), drop)):  # B rows serve both halves
         noise_pred = base.predict_noise(x_t, t, text, pooled)
         if objective == "sft":
-            error = denoising_error(noise_pred, noise)
-            losses, log = error, dict(error_preferred=error.detach())  # Eq. 1
+            losses = denoising_error(noise_pred, noise)  # Eq. 1
+            log = dict(error_preferred=losses.detach())
         else:
             losses, log = ppd_loss(noise_pred, reference, noise, beta)  # Eq. 6; Eq. 3 for dpo
         if backward is not None:
@@ -233,7 +233,7 @@ def run(args):
     optimizer = torch.optim.AdamW(parameters, lr=args.lr)  # betas 0.9, 0.999; weight decay 0.01: torch's own defaults
 
     out, start = Path(args.out), 0
-    free = ("resume", "out", "users", "data", "device", "workers", "micro", "checkpointing", "save_every", "log_every", "preview_every")
+    free = ("resume", "out", "data", "device", "workers", "micro", "checkpointing", "save_every", "log_every", "preview_every")
     config = {k: v for k, v in vars(args).items() if k not in free}  # what a resume must share
     config |= dict(pairs=len(rows["train"]), users=hashlib.sha256(b"".join(users[name].numpy().tobytes() for name in sorted(users))).hexdigest()[:16])
     if args.resume and (out / "state.pt").exists():

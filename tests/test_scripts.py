@@ -62,21 +62,21 @@ def test_only_the_adapter_changes(world, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("objective", ["dpo", "sft"])
 def test_baselines_are_the_same_loop(objective, world, tmp_path):
-    train.main(["--users", str(world[1]), "--out", str(tmp_path), *TRAIN, "--objective", objective])
+    train.main(["--users", str(world[1]), "--out", str(tmp_path), *TRAIN, "--lr", "2e-3", "--objective", objective])
     adapter = ppd.UserAdapter.load(tmp_path)
     assert adapter.header["objective"] == objective and all(math.isfinite(l["loss"]) for l in lines(tmp_path))
     torch.manual_seed(0)
     change = (adapter.project.weight - ppd.UserAdapter(3, adapter.channels).project.weight).abs().max().item()
     if objective == "dpo":  # everybody is the zero user: the projector's weight sees zeros, only weight decay touches it
-        assert change < 1e-6 and lines(tmp_path)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        assert change < 1e-5 and lines(tmp_path)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     else:
-        assert change > 1e-5 and lines(tmp_path)[0]["loss"] == pytest.approx(lines(tmp_path)[0]["error_preferred"])
+        assert change > 1e-4 and lines(tmp_path)[0]["loss"] == pytest.approx(lines(tmp_path)[0]["error_preferred"])
 
 
 def test_accumulation_and_ranks_change_nothing(world, tmp_path):
     """1 process x 8 accumulated = 1 x 8 at once = 2 processes x 4, in float64 to 1e-9, in float32 to 1e-5."""
     for dtype, tolerance in (("float64", 1e-9), ("float32", 1e-5)):
-        common = ["--users", world[1], *TRAIN, "--max-steps", 2, "--beta", 1, "--dtype", dtype]
+        common = ["--users", world[1], *TRAIN, "--max-steps", 2, "--beta", 1, "--lr", 2e-3, "--t-min", 0.001, "--dtype", dtype]
         ways = dict(whole=["train.py", "--micro", 8], split=["train.py", "--micro", 1, "--workers", 2],
                     ranks=["-m", "torch.distributed.run", "--nproc-per-node", 2, "train.py", "--micro", 4])
         state, log = {}, {}
