@@ -3,42 +3,76 @@
 Everything that looks at preference data is here: rows -> splits -> users. It writes `<users>/<id>.pt`, one a person,
 and `<users>/pairs.parquet`, one row a kept pair, without image bytes: those train.py reads from the same --data.
 
+    python embed.py                                                    # Sec. 4.2: a VLM reads four choices; its state is the person
     python embed.py --one-hot light warm large --users users-onehot    # Sec. 5.1: a reward is a person, a one-hot vector
+    python embed.py --pairs me.jsonl --out me.pt                       # you: {"caption", "preferred", "dispreferred"} a line
 
 The tiny world's data is drawn into data/tiny on first use.
 """
 import argparse
+import datetime
 import hashlib
 import io
 import json
+import os
+import pickle
+import re
 import sys
 import warnings
 from collections import Counter
-from functools import lru_cache
+from functools import lru_cache, reduce
 from pathlib import Path
 
 SPLITS = ("train", "validation", "test-seen", "test-unseen")
 SALT = 33759  # of the split hashes; chosen so that the tiny world's 8 test captions show all colours and all shapes
 
+# Sec. 5.1's rewards, and PickScore: name, hub repository, file in it if it is no transformers model
+REWARDS = {
+    "clip": ("CLIP ViT-H/14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", None),
+    "aesthetic": ("LAION aesthetic predictor, ViT-L/14", "openai/clip-vit-large-patch14", None),
+    "hps": ("HPS v2.1", "xswu/HPSv2", "HPS_v2.1_compressed.pt"),
+    "hps2.0": ("HPS v2.0", "xswu/HPSv2", "HPS_v2_compressed.pt"),
+    "pickscore": ("PickScore v1", "yuvalkirstain/PickScore_v1", None),
+}
+
 
 def arguments(argv=None):
     p = argparse.ArgumentParser(prog="embed.py", usage=argparse.SUPPRESS, description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", default="data/tiny", help="folder of parquet files in Pick-a-Pic v2's columns (default: %(default)s)")
-    p.add_argument("--users", default=None, help="folder to write (default: users-onehot)")
-    p.add_argument("--one-hot", nargs="+", metavar="REWARD", required=True,
-                   help="synthetic users: relabel every pair by each reward; light dark warm cool large small right left high low")
+    p.add_argument("--data", default="data/tiny", help="folder of parquet files in Pick-a-Pic v2's columns, or a dataset id (default: %(default)s)")
+    p.add_argument("--users", help="folder to write (default: users, with --one-hot users-onehot)")
+    p.add_argument("--pairs", metavar="JSONL", help="your own choices, at least four lines; image paths are relative to the file")
+    p.add_argument("--out", help="with --pairs: the person's file to write, e.g. me.pt")
+    p.add_argument("--vlm", default="tiny", help="'tiny', a LLaVA-OneVision id like llava-hf/llava-onevision-qwen2-7b-ov-hf or a folder in its layout (default: %(default)s)")
+    p.add_argument("--layer", default="-1", help="whose last state is the embedding: a number, 0 is the input's, -1 the last layer's; or all (default: %(default)s)")
+    p.add_argument("--profile", action="store_true", help="let the VLM write the person's profile first, then take its state")
+    p.add_argument("--groups", type=int, default=4, help="most four-shot groups a person (default: %(default)s)")
+    p.add_argument("--batch", type=int, help="groups the VLM reads at once (default: tiny 64, else 1)")
+    p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    p.add_argument("--one-hot", nargs="+", metavar="REWARD", default=[],
+                   help="synthetic users: relabel every pair by each reward; " + " ".join(REWARDS) + ", on the tiny world light dark warm cool large small right left high low")
     p.add_argument("--validation-captions", type=float, default=0.1, help="share of captions, by hash (default: %(default)s)")
     p.add_argument("--test-captions", type=float, default=0.2, help="share of captions, by hash (default: %(default)s)")
     p.add_argument("--unseen-users", type=float, default=0.25, help="share of users, by hash (default: %(default)s)")
     args = p.parse_args(argv)
-    args.users = args.users or "users-onehot"
+    args.users = args.users or ("users-onehot" if args.one_hot else "users")
+    args.batch = args.batch or (64 if args.vlm == "tiny" else 1)
+    if (args.pairs is None) != (args.out is None):
+        p.error("--pairs JSONL and --out FILE.pt go together")
+    if args.layer != "all":
+        try:
+            args.layer = int(args.layer)
+        except ValueError:
+            p.error(f"--layer {args.layer}: expected a number or all")
+    for name in ("groups", "batch"):
+        if getattr(args, name) < 1:
+            p.error(f"--{name} {getattr(args, name)}: expected 1 or more")
     if len(set(args.one_hot)) < len(args.one_hot):
         p.error("--one-hot: a reward is named twice")
     from tiny import WORDS
     for name in args.one_hot:
-        if name not in WORDS:
-            p.error(f"--one-hot {name}: no such reward; choose from {' '.join(WORDS)}")
+        if name not in (*REWARDS, *WORDS):
+            p.error(f"--one-hot {name}: no such reward; choose from {' '.join((*REWARDS, *WORDS))}")
     for name in ("validation_captions", "test_captions", "unseen_users"):
         if not 0 <= getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a share in [0, 1)")
@@ -54,14 +88,41 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import tiny
-from ppd import BadInput, run_script, write_atomically
+from ppd import TINY, BadInput, hub_file, is_hub_id, load_user, pick_device, run_script, write_atomically
 
 COLUMNS = dict(ranking_id="an integer", user_id="an integer", caption="a string", image_0_uid="a string",
                image_1_uid="a string", label_0="0, 0.5 or 1")
+
+
+# --------------------------------------------------------------------------------- what the VLM is asked (Sec. 4.2)
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+INTRO = "A person was shown pairs of pictures, each pair drawn for one caption, and chose from each the one they preferred."
+PAIR, PREFERRED, DISPREFERRED = "\n\nPair {}. Caption: ", "\nPreferred: ", "\nDispreferred: "
+ASK = {
+    "taste": "\n\nIn a few words, what does this person like in a picture?",
+    "profile": "\n\nFor every pair, describe both pictures and say how they differ in style, visual quality and aesthetics. "
+               "Then write 'User profile:' and sum up what this person likes.",
+    "judge": "\n\nWhich of two further pictures would this person choose? Answer 'CHOICE: 1' or 'CHOICE: 2'. Caption: ",
+}
+FIRST, SECOND = "\nPicture 1: ", "\nPicture 2: "
+ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
+
+
+def prompt(captions, ask, caption=None):
+    """Chat text with one <image> a picture, each beside its own label and caption; two pictures a caption, preferred
+    first. ask: a key of ASK; "judge" asks about two more pictures of `caption`."""
+    clean = lambda c: " ".join(re.sub(r"<image>|<video>|<\|.*?\|>", " ", c).split())  # a caption cannot forge the chat
+    text = SYSTEM + INTRO
+    for i, shown in enumerate(captions, 1):
+        text += PAIR.format(i) + clean(shown) + PREFERRED + "<image>" + DISPREFERRED + "<image>"
+    text += ASK[ask] + (clean(caption) + FIRST + "<image>" + SECOND + "<image>" if ask == "judge" else "")
+    return text + ANSWER
 
 
 # -------------------------------------------------------------------------------------------------- rows and splits
@@ -167,15 +228,291 @@ def open_image(source, name):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image.convert("RGB")
     except Exception as error:  # Pillow raises a dozen kinds
-        raise BadInput(f"{name}: not a usable image ({type(error).__name__}: {error})") from None
+        raise BadInput(f"{name}: not a usable image ({type(error).__name__}: {re.sub(r' <_io.*?>', '', str(error))})") from None
+
+
+# ------------------------------------------------------------------------------------------------- the VLM (Sec. 4.2)
+def load_vlm(name, device):
+    """LLaVA-OneVision, frozen: model, tokenizer, image processor. name: "tiny", a hub id or a folder in its layout."""
+    import transformers
+    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+    transformers.utils.logging.set_verbosity_error(), transformers.utils.logging.disable_progress_bar()
+    folder = TINY / "vlm" if name == "tiny" else name if is_hub_id(name) else Path(name)
+    if isinstance(folder, Path) and not (folder / "config.json").is_file():
+        raise BadInput(f"--vlm {name}: no {folder / 'config.json'}; expected 'tiny', a hub id or a folder in its layout")
+    try:
+        model, info = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32 if device == "cpu" else torch.bfloat16, output_loading_info=True)
+        if info["missing_keys"]:  # they would be random
+            raise OSError(f"{len(info['missing_keys'])} tensors are missing, {sorted(info['missing_keys'])[0]} first")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
+        return model.to(device).eval().requires_grad_(False), tokenizer, LlavaOnevisionImageProcessorPil.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BadInput(f"--vlm {name}: cannot load {folder}: {str(error).strip().splitlines()[0]}") from None
+
+
+def vlm_inputs(vlm, prompts, images):
+    """Texts with one <image> a picture, and lists of PIL pictures, one list a text -> the model's inputs, left-padded.
+    Nested lists are the multi-image path: each picture one tile, whose patches end in one line-break token."""
+    model, tokenizer, processor = vlm
+    vision = model.config.vision_config
+    count = (vision.image_size // vision.patch_size) ** 2 + 1
+    pixels = processor(images, return_tensors="pt")
+    ids = tokenizer([p.replace("<image>", "<image>" * count) for p in prompts], padding=True, add_special_tokens=False, return_tensors="pt")
+    return dict(input_ids=ids.input_ids.to(model.device), attention_mask=ids.attention_mask.to(model.device),
+                pixel_values=pixels["pixel_values"].to(model.device, model.dtype), image_sizes=torch.as_tensor(pixels["image_sizes"]),
+                batch_num_images=torch.as_tensor(pixels["batch_num_images"]))
+
+
+@torch.no_grad()
+def write(vlm, prompts, images, most=512):
+    """The VLM's greedy answers -> texts, and the token ids (B, prompt + answer) with their mask, ends and padding off."""
+    model, tokenizer, _ = vlm
+    inputs = vlm_inputs(vlm, prompts, images)
+    ends = sorted({tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")})
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=most, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends)
+    answer = ids[:, inputs["input_ids"].shape[1]:]
+    going = (~torch.isin(answer, torch.tensor(ends, device=ids.device))).long().cumprod(1)
+    texts = [tokenizer.decode(row[:n], skip_special_tokens=True) for row, n in zip(answer, going.sum(1).tolist())]
+    return texts, inputs | dict(input_ids=ids, attention_mask=torch.cat([inputs["attention_mask"], going], 1))
+
+
+@torch.no_grad()
+def read_people(vlm, groups, layer=-1, profile=False):
+    """Four-shot groups, lists of (caption, preferred, dispreferred) with PIL pictures -> hidden states of the last
+    position (B, S, D) float32, S = 1 or with layer "all" every layer's, and for each the profile written before it or None.
+    The last state after the prompt alone, or after the profile: then it is the one that predicts the profile's end."""
+    prompts = [prompt([caption for caption, _, _ in group], "profile" if profile else "taste") for group in groups]
+    images = [[picture for shot in group for picture in shot[1:]] for group in groups]
+    texts, inputs = write(vlm, prompts, images) if profile else ([None] * len(groups), vlm_inputs(vlm, prompts, images))
+    if layer == -1:  # all layers' states of a 7B model's 6,500 positions would take 1.3 GB a group
+        states = [vlm[0].model(**inputs, use_cache=False).last_hidden_state]
+    else:
+        states = vlm[0].model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
+    if layer not in ("all", -1):
+        if not -len(states) <= layer < len(states):
+            raise BadInput(f"--layer {layer}: this VLM has states {-len(states)} to {len(states) - 1}, or all")
+        states = states[layer:][:1]
+    mask = inputs["attention_mask"]
+    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)
+    return torch.stack([s[torch.arange(len(s)), last] for s in states], 1).float().cpu(), texts
+
+
+def four_shot_groups(rows, most):
+    """A person's conditioning rows -> up to `most` disjoint groups of four, in an order that only hashes decide, at
+    least one row left over where there are more than four; fewer than four rows give none."""
+    rows = sorted(rows, key=lambda row: share("order", row["ranking_id"]))
+    count = min(most, max(1, (len(rows) - 1) // 4)) if len(rows) >= 4 else 0
+    return [rows[4 * g:4 * g + 4] for g in range(count)]
+
+
+def group_pictures(data, rows):
+    """Conditioning rows -> [(caption, preferred picture, dispreferred picture), ...]."""
+    return [(row["caption"], *read_pictures(data, row)[::1 if row["label_0"] == 1 else -1]) for row in rows]
+
+
+def vlm_users(args, rows, settings):
+    """Sec. 4.2: every person with four choices is read by the VLM, one embedding a group. Seen people are read from
+    their train captions only, unseen ones from those that nobody is tested on. Under torchrun each process reads its
+    share; what is written already is skipped."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    people = {}
+    for row in rows:
+        people.setdefault(str(row["user_id"]), []).append(row)
+    groups = {user: four_shot_groups([r for r in its if r["split"] in ("train", "shots")], args.groups) for user, its in people.items()}
+    few = [user for user, its in groups.items() if not its]
+    todo, folder = sorted(groups.keys() - few)[rank::world], Path(args.users)
+    folder.mkdir(parents=True, exist_ok=True)
+    left, how = [], dict(vlm=args.vlm, layer=str(args.layer))
+    for user in todo:
+        if (folder / f"{user}.pt").exists():
+            before, now = load_user(folder / f"{user}.pt"), [[r["ranking_id"] for r in group] for group in groups[user]]
+            same = (before["profile"] is not None) == args.profile and all(before[k] == v for k, v in how.items())
+            if not same or not all(group in now for group in before["shots"]):
+                raise BadInput(f"{folder / user}.pt was made from other choices or by other flags; choose another --users folder")
+        else:
+            left.append(user)
+    vlm = load_vlm(args.vlm, pick_device(args.device)) if left else None
+    step = max(1, 4 * args.batch // args.groups)
+    for i in tqdm(range(0, len(left), step), desc=f"reading people ({rank + 1} of {world})", unit="batch", disable=None):
+        whole, shots = [], []  # (user, ranking ids) of the groups whose pictures are all there
+        for user, group in ((user, group) for user in left[i:i + step] for group in groups[user]):
+            try:
+                shots.append(group_pictures(args.data, group))
+                whole.append((user, [r["ranking_id"] for r in group]))
+            except BadInput as problem:
+                print(f"person {user}: a group of four is left out: {problem}", file=sys.stderr)
+        states, texts = [None] * len(shots), [None] * len(shots)
+        order = sorted(range(len(shots)), key=lambda k: sum(len(caption) for caption, _, _ in shots[k]))  # alike lengths, little padding
+        for batch in (order[j:j + args.batch] for j in range(0, len(order), args.batch)):
+            for k, state, text in zip(batch, *read_people(vlm, [shots[k] for k in batch], args.layer, args.profile)):
+                states[k], texts[k] = state, text
+        for user in dict.fromkeys(user for user, _ in whole):
+            mine = [k for k, (of, _) in enumerate(whole) if of == user]
+            write_user(folder, user, embedding=torch.stack([states[k] for k in mine]), shots=[whole[k][1] for k in mine],
+                       profile=[texts[k] for k in mine] if args.profile else None,
+                       split="train" if people[user][0]["split"] in ("train", "validation", "test-seen") else "unseen", **how)
+    if world > 1:
+        dist.barrier()
+    if rank == 0:
+        pairs, alone, read = [], 0, 0
+        for user in sorted(user for user in groups.keys() - few if (folder / f"{user}.pt").exists()):
+            shots = load_user(folder / f"{user}.pt")["shots"]
+            read += len(shots)
+            shown = [{r[k] for r in group for k in ("image_0_uid", "image_1_uid")} for group in groups[user] if [r["ranking_id"] for r in group] in shots]
+            for row in people[user]:  # no group conditions a pair with which it shares a picture
+                free = [g for g, pictures in enumerate(shown) if not {row["image_0_uid"], row["image_1_uid"]} & pictures]
+                if free and row["split"] != "shots":
+                    pairs.append(row | dict(user=user, groups=free))
+                alone += not free and row["split"] != "shots"
+        write_pairs(folder, pairs, settings)
+        print(f"{len(groups) - len(few)} people, {read} groups read; {len(few)} have fewer than four choices; "
+              f"{len(pairs)} pairs, {alone} dropped because every group of their person contains them or one of their pictures")
+
+
+def own_person(args):
+    """Your own choices -> one person's file. Every four lines make a group; a rest is named and left out."""
+    source, shots = Path(args.pairs), []
+    try:
+        lines = [(n, line) for n, line in enumerate(source.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
+    except (OSError, UnicodeDecodeError):
+        raise BadInput(f"--pairs {source}: not a readable text file") from None
+    for n, line in lines:
+        try:
+            row = json.loads(line)
+            caption, *paths = (row[key] for key in ("caption", "preferred", "dispreferred"))
+            assert all(isinstance(value, str) for value in (caption, *paths))
+        except (ValueError, KeyError, TypeError, AssertionError):
+            raise BadInput(f'{source} line {n}: expected {{"caption": "...", "preferred": "image file", "dispreferred": "image file"}}') from None
+        shots.append((caption, *(open_image(source.parent / path, f"{source} line {n}: {path}") for path in paths)))
+    if len(shots) < 4:
+        raise BadInput(f"{source}: {len(shots)} choices; expected at least four")
+    if len(shots) % 4:
+        print(f"the last {len(shots) % 4} of {len(shots)} lines make no group of four and are not used")
+    groups = [shots[i:i + 4] for i in range(0, len(shots) - 3, 4)]
+    states, texts = read_people(load_vlm(args.vlm, pick_device(args.device)), groups, args.layer, args.profile)
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_user(out.parent, out.stem, embedding=states, profile=texts if args.profile else None, split="own", vlm=args.vlm, layer=str(args.layer))
+    for text in filter(None, texts):
+        print(text)
+    print(f"-> {out.parent / out.stem}.pt, {len(groups)} group{'s' * (len(groups) > 1)}")
 
 
 # ------------------------------------------------------------------------------------------- rewards (Sec. 5.1)
-def score(name, images):
-    """Reward of PIL pictures of any sizes, (B,) floats. name: a pixel reward of the tiny world (it works on any picture)."""
-    if len({image.size for image in images}) > 1:
-        return np.concatenate([tiny.reward(name, [image]) for image in images])
-    return tiny.reward(name, images)
+def from_open_clip(state):
+    """State dict of an open_clip CLIP, as HPS is published -> of transformers' CLIPModel."""
+    once = {"token_embedding": "text_model.embeddings.token_embedding", "positional_embedding": "text_model.embeddings.position_embedding.weight",
+            "ln_final": "text_model.final_layer_norm", "visual.class_embedding": "vision_model.embeddings.class_embedding",
+            "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight", "visual.conv1": "vision_model.embeddings.patch_embedding",
+            "visual.ln_pre": "vision_model.pre_layrnorm", "visual.ln_post": "vision_model.post_layernorm"}
+    inside = {"attn.": "self_attn.", "ln_": "layer_norm", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    out = {}
+    for key, value in state.items():
+        if block := re.fullmatch(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+)", key):
+            name = block[3]
+            for theirs, ours in inside.items():
+                name = re.sub("^" + re.escape(theirs), ours, name)
+            prefix = f"{'vision' if block[1] else 'text'}_model.encoder.layers.{block[2]}."
+            if "in_proj_" in name:  # one matrix for queries, keys and values
+                for letter, part in zip("qkv", value.chunk(3)):
+                    out[f"{prefix}self_attn.{letter}_proj.{name.rsplit('_', 1)[1]}"] = part.contiguous()
+            else:
+                out[prefix + name] = value
+        elif key in ("text_projection", "visual.proj"):
+            out["text_projection.weight" if key == "text_projection" else "visual_projection.weight"] = value.T.contiguous()
+        else:
+            stem = next((s for s in once if key == s or key.startswith(s + ".")), key)
+            out[once.get(stem, stem) + key[len(stem):]] = value
+    return out
+
+
+AESTHETIC = "sac+logos+ava1-l14-linearMSE.pth"  # its five linear layers have no activations between them
+
+
+@lru_cache(None)
+def load_reward(name, device):
+    """A reward of REWARDS: CLIPModel, processor, and the aesthetic predictor's head or None."""
+    from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+    title, repository, file = REWARDS[name]
+    kin = REWARDS["clip"][1] if name != "aesthetic" else repository  # HPS and PickScore are fine-tuned from it and share its processor
+    try:
+        processor = CLIPProcessor.from_pretrained(kin)
+        if file:
+            model = CLIPModel(CLIPConfig.from_pretrained(kin))
+            state = torch.load(hub_file(repository, file), map_location="cpu", weights_only=True)["state_dict"]
+            model.load_state_dict(from_open_clip(state))
+        else:
+            model = CLIPModel.from_pretrained(repository)
+        head = None
+        if name == "aesthetic":
+            path = Path(torch.hub.get_dir()) / "checkpoints" / AESTHETIC
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                url = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/" + AESTHETIC.replace("+", "%2B")
+                torch.hub.download_url_to_file(url, path, hash_prefix="21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0")
+            state = torch.load(path, map_location=device, weights_only=True)
+            layers = [(state[f"layers.{i}.weight"], state[f"layers.{i}.bias"]) for i in (0, 2, 4, 6, 7)]
+            head = lambda x: reduce(lambda x, layer: F.linear(x, *layer), layers, x.float())[:, 0]
+    except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        raise BadInput(f"reward {name} ({title}): cannot load {repository}: {str(error).strip().splitlines()[0]}") from None
+    return model.to(device, torch.float32 if device == "cpu" else torch.bfloat16).eval().requires_grad_(False), processor, head
+
+
+@torch.no_grad()
+def score(name, images, captions, device="cpu", batch=64):
+    """Reward of PIL pictures for their captions, (B,) floats, as in Table 1: 100 x cosine for CLIP, HPS and PickScore, the
+    predictor's output for aesthetic. The pixel rewards of the tiny world work on any picture and need no caption."""
+    if name in tiny.WORDS:
+        together = len({image.size for image in images}) == 1
+        return tiny.reward(name, images) if together else np.concatenate([tiny.reward(name, [image]) for image in images])
+    (model, processor, head), scores = load_reward(name, device), []
+    for i in range(0, len(images), batch):
+        some = images[i:i + batch]
+        if name.startswith("hps"):  # its own preprocessing pads where CLIP's crops
+            side = processor.image_processor.crop_size["height"]
+            some = [ImageOps.pad(image, (side, side), Image.BICUBIC) for image in some]
+        inputs = processor(text=list(captions[i:i + batch]), images=some, padding=True, truncation=True, return_tensors="pt").to(device)
+        out = model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, pixel_values=inputs.pixel_values.to(model.dtype))
+        scores.append(head(out.image_embeds) if head else 100 * (out.image_embeds.float() * out.text_embeds.float()).sum(-1))
+    return torch.cat(scores).cpu().numpy()
+
+
+def score_pairs(args, rows, device, chunk=256):
+    """Both pictures' scores by every reward: {name: (n, 2)}, nan where a picture is broken, which is named. Kept in
+    <users>/scores, a file a chunk: nothing is computed twice, and under torchrun every process scores its share."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    folder, chunks = Path(args.users) / "scores", [rows[i:i + chunk] for i in range(0, len(rows), chunk)]
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = lambda rows: np.array([row["ranking_id"] for row in rows])
+
+    def kept(number):
+        path = folder / f"{number:06d}.npz"
+        if path.exists():
+            with np.load(path, allow_pickle=False) as file:
+                if np.array_equal(file["ranking_ids"], ids(chunks[number])) and set(args.one_hot) <= set(file.files):
+                    return {name: file[name] for name in args.one_hot}
+
+    for number in tqdm(range(rank, len(chunks), world), desc="scoring pairs", unit="chunk", disable=None):
+        if kept(number) is None:
+            good, images = [], []
+            for i, row in enumerate(chunks[number]):
+                try:
+                    images += read_pictures(args.data, row)
+                    good.append(i)
+                except BadInput as problem:
+                    print(f"skipped: {problem}", file=sys.stderr)
+            scores = {name: np.full((len(chunks[number]), 2), np.nan, np.float32) for name in args.one_hot}
+            for name in args.one_hot if good else ():
+                captions = [chunks[number][i]["caption"] for i in good for _ in range(2)]
+                scores[name][good] = score(name, images, captions, device).reshape(-1, 2)
+            with open(folder / f"{number:06d}.npz.tmp", "wb") as file:
+                np.savez(file, ranking_ids=ids(chunks[number]), **scores)
+            os.replace(folder / f"{number:06d}.npz.tmp", folder / f"{number:06d}.npz")
+    if world > 1:
+        dist.barrier()
+    parts = [kept(number) for number in range(len(chunks))] if rank == 0 else []
+    return {name: np.concatenate([part[name] for part in parts]) for name in args.one_hot} if parts else {}
 
 
 # ------------------------------------------------------------------------------------------------------ files on disk
@@ -208,35 +545,34 @@ def read_pairs(folder):
 def one_hot_users(args, rows, settings):
     """Sec. 5.1: every kept pair once per reward, relabelled by it; u is the reward's one-hot vector. A pair with a broken
     picture is named and skipped, one of equal scores is counted and dropped."""
-    pairs, equal = [], Counter()
-    for start in tqdm(range(0, len(rows), 256), desc="scoring pairs", unit="batch", disable=None):
-        batch, images = [], []
-        for row in rows[start:start + 256]:
-            try:
-                images += read_pictures(args.data, row)
-                batch.append(row)
-            except BadInput as problem:
-                print(f"skipped: {problem}", file=sys.stderr)
-        for name in args.one_hot if batch else ():
-            for row, (first, second) in zip(batch, score(name, images).reshape(-1, 2).tolist()):
-                if first == second:
-                    equal[name] += 1
-                else:
-                    pairs.append(row | dict(user=name, preferred=int(second > first), groups=[0], score_0=first, score_1=second))
+    scores = score_pairs(args, rows, pick_device(args.device))
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return
+    pairs = [row | dict(user=name, preferred=int(second > first), groups=[0], score_0=first, score_1=second)
+             for i, row in enumerate(rows) for name in args.one_hot for first, second in [scores[name][i].tolist()]
+             if first != second and first == first]
     if not pairs:
         raise BadInput(f"--data {args.data}: no pair is left, every one is broken or of equal scores")
-    Path(args.users).mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(args.one_hot):
         write_user(args.users, name, embedding=torch.eye(len(args.one_hot))[i].view(1, 1, -1), vlm="one-hot")
     write_pairs(args.users, pairs, settings)
     for name in args.one_hot:
-        of = [p for p in pairs if p["user"] == name]
-        kept = [p for p in of if p["split"] == "train"]
-        print(f"{name}: {len(of)} pairs, {len(kept)} to train on, {equal[name]} dropped as equal")
+        of, equal, broken = [p for p in pairs if p["user"] == name], scores[name][:, 0] == scores[name][:, 1], np.isnan(scores[name][:, 0])
+        print(f"{name} ({REWARDS.get(name, ('drawn world',))[0]}): {len(of)} pairs, {sum(p['split'] == 'train' for p in of)} to train on, "
+              f"{equal.sum()} dropped as equal, {broken.sum()} with a broken picture")
 
 
 def run(args):
-    settings = {k: v for k, v in vars(args).items() if k != "users"}
+    if args.pairs:
+        return own_person(args)
+    if is_hub_id(args.data) and args.data != "data/tiny":
+        from huggingface_hub import snapshot_download
+        try:
+            args.data = snapshot_download(args.data, repo_type="dataset", allow_patterns=["*.parquet"])
+        except (OSError, ValueError) as error:
+            raise BadInput(f"--data {args.data}: no such folder here, and no such dataset on the hub ({str(error).strip().splitlines()[0]}). "
+                           "Pick-a-Pic's original is gone from there: give your own copy's parquet folder") from None
+    settings = {k: v for k, v in vars(args).items() if k not in ("users", "pairs", "out", "batch", "device")}
     if (Path(args.users) / "pairs.parquet").exists():
         before = read_pairs(args.users)[1]
         if before != settings:
@@ -244,16 +580,28 @@ def run(args):
             raise BadInput(f"--users {args.users} holds users made with another --{changed[0].replace('_', '-')}; choose another folder")
         print(f"{args.users}: already done")
         return
-    if args.data == "data/tiny" and not Path(args.data).exists():
+    rank = int(os.environ.get("RANK", 0))
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))  # the slowest process may need days more
+    if args.data == "data/tiny" and not Path(args.data).exists() and rank == 0:
         tiny.write_data(args.data)
+    if dist.is_initialized():
+        dist.barrier()
     if not Path(args.data).is_dir():
         raise BadInput(f"--data {args.data}: no such folder. Pick-a-Pic's original is gone from the hub: give your own copy's parquet folder")
     rows, dropped = split_rows(read_rows(args.data), args.validation_captions, args.test_captions, args.unseen_users)
-    print_table(rows, dropped)
+    if rank == 0:
+        print_table(rows, dropped)
     if not any(r["split"] == "train" for r in rows):
         raise BadInput(f"--data {args.data}: no pair is left to train on")
-    one_hot_users(args, [r for r in rows if r["split"] != "shots"], settings)
-    print(f"-> {args.users}/*.pt and {args.users}/pairs.parquet")
+    if args.one_hot:
+        one_hot_users(args, [r for r in rows if r["split"] != "shots"], settings)
+    else:
+        vlm_users(args, rows, settings)
+    if rank == 0:
+        print(f"-> {args.users}/*.pt and {args.users}/pairs.parquet")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def main(argv=None):

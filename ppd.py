@@ -6,20 +6,23 @@ values V'; UserAttnProcessor adds attention over them to the layer's own attenti
 with ppd_loss (Eq. 6): Diffusion-DPO, conditioned on the person. The reference model is the same network with the user
 branch off, so there is never a second copy of it.
 
-    base = StableCascade("tiny")                          # or a folder in the hub's layout
+    base = StableCascade("tiny")                          # or "stabilityai/stable-cascade-prior", or a folder in its layout
     adapter = UserAdapter.load("assets/onehot").install(base.prior)
     user = load_user("assets/onehot/light.pt")["embedding"][:1, 0]                      # (1, D)
     with adapter.user(adapter(user)):                     # the person is set inside this block and nowhere else
         noise_pred = base.predict_noise(x_t, t, *base.encode_prompts(["a red star"]))
     latents = base.sample(["a red star"], seeds=[0], adapter=adapter, tokens=adapter(user))
-    base.decode(latents)[0].save("star.png")
+    base.decode(latents, ["a red star"], seeds=[0])[0].save("star.png")
 
 Read in this order: UserAdapter, UserAttnProcessor, ppd_loss, StableCascade. Equation and section numbers are the paper's.
 """
 import contextlib
 import json
 import os
+import re
 import sys
+from collections import OrderedDict
+from functools import cached_property
 from pathlib import Path
 
 import einops
@@ -28,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 TINY = Path(__file__).resolve().parent / "assets" / "tiny"  # what "tiny" means as a base
@@ -202,11 +205,14 @@ class StableCascade:
     """Stage C, its text encoder and an image codec, frozen and in eval mode (Stage C has dropout: in train mode the
     policy would not be the reference even at step 0).
 
-    base: "tiny" or a folder in the hub's layout; ":prior_lite" after it picks that subfolder for the prior.
+    base: "tiny", a hub id like stabilityai/stable-cascade-prior or a folder in its layout; ":prior_lite" after it picks
+    that subfolder for the prior.
     dtype: float32 on CPU, else bfloat16; float64 for tests. float16 overflows in Stage C and is refused.
+    decoder: hub id or folder with Stages A and B and the image encoder, for a base without a codec of its own.
+    grid: side of the latents there. 24 is Stage C's own: 768 px pictures go in, 1024 px pictures come out.
     """
 
-    def __init__(self, base="tiny", device="cpu", dtype=None):
+    def __init__(self, base="tiny", device="cpu", dtype=None, decoder="stabilityai/stable-cascade", grid=24):
         import diffusers
         import transformers
         for library in (diffusers, transformers):  # their bars and notices would hide our own lines
@@ -214,18 +220,17 @@ class StableCascade:
 
         self.name = str(base)
         where, _, sub = self.name.partition(":")
-        folder, sub = TINY if where == "tiny" else Path(where), sub or "prior"
-        if not (folder / sub).is_dir():
-            raise BadInput(f"--base {base}: no folder {folder / sub}; expected 'tiny' or a folder with {sub}, text_encoder, "
-                           "tokenizer and codec in it")
+        folder, sub = TINY if where == "tiny" else where if is_hub_id(where) else Path(where), sub or "prior"
+        if isinstance(folder, Path) and not (folder / sub).is_dir():
+            raise BadInput(f"--base {base}: no folder {folder / sub}; expected 'tiny', a hub id or a folder with {sub}, text_encoder "
+                           "and tokenizer in it")
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
         if self.dtype == torch.float16:
             raise BadInput("float16 gives NaN in Stage C: use bfloat16 or float32")
 
         def load(cls, name):
-            model, info = cls.from_pretrained(folder, subfolder=name, torch_dtype=self.dtype, variant="bf16",
-                                              local_files_only=True, output_loading_info=True)
+            model, info = cls.from_pretrained(folder, subfolder=name, torch_dtype=self.dtype, variant="bf16", output_loading_info=True)
             if info["missing_keys"]:  # they would be random
                 raise OSError(f"{name} lacks {len(info['missing_keys'])} tensors, {sorted(info['missing_keys'])[0]} first")
             return model.to(self.device).eval().requires_grad_(False)
@@ -234,12 +239,15 @@ class StableCascade:
             self.prior = load(diffusers.StableCascadeUNet, sub)
             self.text_encoder = load(transformers.CLIPTextModelWithProjection, "text_encoder")
             self.tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-            self.codec = PatchCodec.load(folder / "codec" / "codec.safetensors").to(self.device, self.dtype)
+            if isinstance(folder, Path) and (folder / "codec").is_dir():
+                self.codec = PatchCodec.load(folder / "codec" / "codec.safetensors").to(self.device, self.dtype)
+            else:
+                self.codec = CascadeCodec(decoder, self.device, self.dtype, self.tokenizer, self.text_encoder, grid)
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise BadInput(f"--base {base}: cannot load {folder}: {str(error).strip().splitlines()[0]}") from None
         self.scheduler = diffusers.DDPMWuerstchenScheduler()
-        self.latent_shape = (self.prior.config.in_channels, *[self.codec.side // self.codec.patch] * 2)
-        self.guidance = 2.0  # of classifier-free guidance by default; more bleaches the small base's grounds
+        self.latent_shape = (self.prior.config.in_channels, self.codec.grid, self.codec.grid)
+        self.steps, self.guidance = self.codec.recipe  # of sampling by default
 
     @property
     def channels(self):
@@ -256,12 +264,12 @@ class StableCascade:
     @torch.no_grad()
     def encode_images(self, images):
         """PIL images of any size -> latents (B, C, h, w) in the base's dtype. Short side resized, centre cropped."""
-        return self.codec.encode(self.codec.preprocess(images).to(self.device, self.dtype))
+        return self.codec.encode(self.codec.preprocess(images).to(self.device)).to(self.dtype)
 
     @torch.no_grad()
-    def decode(self, latents):
-        """Latents (B, C, h, w) -> list of PIL images."""
-        pixels = self.codec.decode(latents.to(self.dtype)).float().mul(255).round().byte()
+    def decode(self, latents, prompts, seeds):
+        """Latents (B, C, h, w) -> list of PIL images. Stage B, a diffusion model too, wants captions and seeds (B each)."""
+        pixels = self.codec.decode(latents.to(self.dtype), prompts, seeds).float().mul(255).round().byte()
         return [Image.fromarray(p) for p in einops.rearrange(pixels, "b c h w -> b h w c").cpu().numpy()]
 
     def round_time(self, t):
@@ -280,13 +288,14 @@ class StableCascade:
         return self.prior(x_t, self.round_time(t).to(self.dtype), clip_text_pooled=pooled, clip_text=text, clip_img=no_image).sample
 
     @torch.no_grad()
-    def sample(self, prompts, seeds, adapter=None, tokens=None, user_scale=1.0, uncond_user="same", guidance=None, steps=20):
+    def sample(self, prompts, seeds, adapter=None, tokens=None, user_scale=1.0, uncond_user="same", guidance=None, steps=None):
         """Ancestral DDPM with classifier-free guidance. prompts: B captions; seeds: B ints, each the whole randomness of
         its picture, whatever else is in the batch; tokens: (B, L, d) or None for the base; user_scale multiplies the
         user's term of Eq. 7, 0 is the base exactly; uncond_user: whom the unconditional branch sees, "off" (nobody, so
         that taste is guided along with the text), "zero" or "same". Returns latents (B, C, h, w)."""
         b, active = len(prompts), None
         guidance = self.guidance if guidance is None else guidance
+        steps = steps or self.steps
         if tokens is not None and user_scale != 0:
             active = (tokens, user_scale)
             if guidance > 1:  # one weight a row: 0 switches a row's user off
@@ -311,13 +320,67 @@ class StableCascade:
         return x
 
 
+class CascadeCodec:
+    """Stage C's own image encoder, and Stages B and A to paint its latents; each is loaded when first needed. where: a hub
+    id or a folder like stabilityai/stable-cascade's."""
+    recipe = 30, 4.0  # steps (Sec. 5.1) and guidance (the release's) of Stage C
+
+    def __init__(self, where, device, dtype, tokenizer, text_encoder, grid):
+        self.where, self.device, self.dtype, self.grid = where, device, dtype, grid
+        self.tokenizer, self.text_encoder = tokenizer, text_encoder  # Stage B uses the same ones
+
+    @cached_property
+    def encoder(self):
+        """EfficientNetV2-S, a 1 x 1 convolution to 16 channels and a BatchNorm that makes latents of about unit variance."""
+        from torchvision.models import efficientnet_v2_s
+        mapper = nn.Sequential(nn.Conv2d(1280, 16, 1, bias=False), nn.BatchNorm2d(16, affine=False))
+        encoder = nn.Sequential(OrderedDict(backbone=efficientnet_v2_s(weights=None).features, mapper=mapper))
+        path = hub_file(self.where, "effnet_encoder.safetensors")
+        try:
+            encoder.load_state_dict(load_file(path))
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise BadInput(f"{path}: not Stable Cascade's image encoder ({' '.join(str(error).split())[:150]})") from None
+        return encoder.to(self.device).eval().requires_grad_(False)  # float32: it is 0.3% of a step
+
+    @cached_property
+    def painter(self):
+        """Stages B and A as diffusers' own pipeline, from its parts: the pipeline's from_pretrained looks for Stage A's class
+        where diffusers no longer has it."""
+        from diffusers import DDPMWuerstchenScheduler, StableCascadeDecoderPipeline, StableCascadeUNet
+        from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
+        try:
+            stage_b = StableCascadeUNet.from_pretrained(self.where, subfolder="decoder", variant="bf16", torch_dtype=self.dtype)
+            stage_a = PaellaVQModel.from_pretrained(self.where, subfolder="vqgan", torch_dtype=self.dtype)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise BadInput(f"--decoder {self.where}: {str(error).strip().splitlines()[0]}") from None
+        pipeline = StableCascadeDecoderPipeline(decoder=stage_b, tokenizer=self.tokenizer, text_encoder=self.text_encoder,
+                                                scheduler=DDPMWuerstchenScheduler(), vqgan=stage_a, latent_dim_scale=10.67)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline.to(self.device)
+
+    def preprocess(self, images):
+        """Short side resized, centre cropped to 32 pixels a latent, ImageNet's normalisation."""
+        fitted = np.stack([ImageOps.fit(image.convert("RGB"), (32 * self.grid, 32 * self.grid), Image.BILINEAR) for image in images])
+        pixels = einops.rearrange(torch.from_numpy(fitted), "b h w c -> b c h w") / 255
+        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
+        return (pixels - mean) / std
+
+    def encode(self, pixels):
+        return self.encoder(pixels)
+
+    def decode(self, latents, prompts, seeds):
+        generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        return self.painter(latents, list(prompts), num_inference_steps=10, guidance_scale=0.0, generator=generators, output_type="pt").images
+
+
 class PatchCodec(nn.Module):
     """The tiny world's stand-in for Stages A and B: every patch of pixels, projected on its leading principal
     directions. Linear both ways: (B, 3, P h, P w) in [0, 1] <-> (B, C, h, w) latents of about unit variance."""
+    recipe = 20, 2.0  # steps and guidance; more guidance bleaches the small base's grounds
 
     def __init__(self, patch=4, channels=16, side=32):
         super().__init__()
-        self.patch, self.side = patch, side
+        self.patch, self.side, self.grid = patch, side, side // patch
         self.register_buffer("mean", torch.zeros(3 * patch * patch))
         self.register_buffer("encode_matrix", torch.zeros(3 * patch * patch, channels))
         self.register_buffer("decode_matrix", torch.zeros(channels, 3 * patch * patch))
@@ -335,15 +398,34 @@ class PatchCodec(nn.Module):
         return einops.rearrange(torch.from_numpy(fitted), "b h w c -> b c h w") / 255
 
     def encode(self, pixels):
-        patches = einops.rearrange(pixels, "b c (h p) (w q) -> b h w (c p q)", p=self.patch, q=self.patch)
+        patches = einops.rearrange(pixels.to(self.mean.dtype), "b c (h p) (w q) -> b h w (c p q)", p=self.patch, q=self.patch)
         return einops.rearrange((patches - self.mean) @ self.encode_matrix, "b h w c -> b c h w")
 
-    def decode(self, latents):
+    def decode(self, latents, prompts=None, seeds=None):
         patches = einops.rearrange(latents, "b c h w -> b h w c") @ self.decode_matrix + self.mean
         return einops.rearrange(patches, "b h w (c p q) -> b c (h p) (w q)", p=self.patch, q=self.patch).clamp(0, 1)
 
 
 # ----------------------------------------------------------------------------------------- files and scripts
+def is_hub_id(name):
+    """Whether a string that is no folder here reads like owner/name on the hub."""
+    return not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) is not None
+
+
+def hub_file(where, name, kind="model"):
+    """A file of a folder, or of a hub repository (from the hub's cache, or downloaded into it)."""
+    if not is_hub_id(where):
+        path = Path(where) / name
+        if not path.is_file():
+            raise BadInput(f"{path}: no such file")
+        return path
+    from huggingface_hub import hf_hub_download
+    try:
+        return Path(hf_hub_download(where, name, repo_type=kind))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{where}: cannot get {name} from the hub: {str(error).strip().splitlines()[0]}") from None
+
+
 def load_user(path):
     """A person's file, written by embed.py: dict with `user` (id), `embedding` (G, S, D) float32 (G four-shot groups, S
     stored VLM states), `shots`, `profile`, `split`, `vlm`, `layer`, `version`. Only tensors and plain values are read:
@@ -360,6 +442,12 @@ def load_user(path):
     return user
 
 
+def reader_of(user):
+    """Who read a person, and how: [VLM's folder name, layer, whether after a written profile]. An adapter understands no
+    other reader's embeddings, though they may be as wide."""
+    return [Path(user.get("vlm") or "").name, "-1" if user.get("layer") == "all" else user.get("layer"), bool(user.get("profile"))]
+
+
 def write_atomically(path, write):
     """Call write(temporary path), then put the file in place in one step: readers see all of it or none, also after a
     power cut."""
@@ -373,10 +461,10 @@ def write_atomically(path, write):
 def pick_device(name="auto"):
     there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
     if name == "auto":
-        return next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
+        name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
     if not there[name]:
         raise BadInput(f"--device {name}: PyTorch sees no such device here")
-    return name
+    return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name  # torchrun: a GPU each
 
 
 def run_script(name, run, args):

@@ -1,13 +1,14 @@
 """Pictures for a person and a prompt.
 
-    python sample.py --user assets/onehot/warm.pt --prompt "a red star"               # right after the clone
-    python sample.py --user base --user zero --user assets/onehot/light.pt --prompt "a red star" "a blue circle"    # a labelled grid
-    python sample.py --user assets/onehot/warm.pt:0.7 --user assets/onehot/large.pt:0.3 --user-scale 1.5 --prompt "a red star"    # blend people
+    python sample.py --user assets/ppd/61.pt --prompt "a red star"                                         # right after the clone
+    python sample.py --user base --user zero --user users/17.pt --prompt "a red star" "a blue circle"      # a labelled grid
+    python sample.py --user me.pt:0.7 --user users/17.pt:0.3 --user-scale 1.5 --prompt "a red star"        # blend people
 
 --user without a weight: one picture each. With weights: all of them blended into one person. `zero` is the population's
 taste, `base` (or no --user) the untouched base. The settings of every picture are in its PNG metadata.
 """
 import argparse
+import csv
 import json
 import math
 import re
@@ -19,32 +20,28 @@ def arguments(argv=None):
     p = argparse.ArgumentParser(prog="sample.py", usage=argparse.SUPPRESS, description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--prompt", nargs="+", default=[], help="one or more captions")
-    p.add_argument("--prompts", help="text file with a caption a line")
+    p.add_argument("--prompts", help="more captions: a text file with one a line, a .tsv with a Prompt column, or a dataset id like nateraw/parti-prompts")
     p.add_argument("--user", action="append", default=[], help="FILE.pt, FILE.pt:WEIGHT, zero or base; repeat for several")
     p.add_argument("--user-scale", type=float, default=1.0, help="multiplies the user's term of Eq. 7; 0 is the base (default: %(default)s)")
     p.add_argument("--group", type=int, default=0, help="which of a person's four-shot groups (default: %(default)s)")
     p.add_argument("--uncond-user", choices=("off", "zero", "same"), default="same", help="whom guidance's unconditional branch sees (default: %(default)s)")
-    p.add_argument("--adapter", help="file or run folder (default: runs/ppd if it is there, else the shipped assets/onehot)")
+    p.add_argument("--adapter", help="file or run folder (default: the one beside the first user file, else runs/ppd, else the shipped assets/ppd)")
     p.add_argument("--base", help="default: the one the adapter was trained on; tiny without one")
+    p.add_argument("--decoder", default="stabilityai/stable-cascade", help="hub id or folder with Stages A and B (default: %(default)s)")
     p.add_argument("--seed", type=int, default=0, help="of the first picture of a prompt (default: %(default)s)")
     p.add_argument("--n", type=int, default=1, help="pictures a prompt and person, seeds counting up (default: %(default)s)")
-    p.add_argument("--steps", type=int, default=20, help="denoising steps (default: %(default)s)")
-    p.add_argument("--guidance", type=float, help="classifier-free guidance; 1 or less: off (default: tiny 2)")
+    p.add_argument("--steps", type=int, help="denoising steps (default: tiny 20, full scale 30)")
+    p.add_argument("--guidance", type=float, help="classifier-free guidance; 1 or less: off (default: tiny 2, full scale 4)")
     p.add_argument("--size", type=int, default=256, help="enlarge smaller pictures to this side, 0: leave them (default: %(default)s)")
     p.add_argument("--out", default="samples", help="folder (default: %(default)s)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     args = p.parse_args(argv)
-    if args.prompts:
-        if not Path(args.prompts).is_file():
-            p.error(f"--prompts {args.prompts}: no such file")
-        try:
-            args.prompt += [line.strip() for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError):
-            p.error(f"--prompts {args.prompts}: not a UTF-8 text file")
-    if not args.prompt:
+    if args.prompts and not Path(args.prompts).is_file() and args.prompts.count("/") != 1:
+        p.error(f"--prompts {args.prompts}: no such file")
+    if not args.prompt and not args.prompts:
         p.error("no prompt: give --prompt \"a red star\" or --prompts FILE")
     for key in ("n", "steps"):
-        if getattr(args, key) < 1:
+        if getattr(args, key) is not None and getattr(args, key) < 1:
             p.error(f"--{key} {getattr(args, key)}: expected 1 or more")
     if not 0 <= args.seed < 2**63 - args.n:
         p.error(f"--seed {args.seed}: expected 0 to 2^63")
@@ -53,8 +50,9 @@ def arguments(argv=None):
     if any(weighted) and not all(weighted):
         p.error("--user: give every user a weight (blended into one person) or none (a picture each)")
     if args.adapter is None and any(name != "base" for name, _ in args.user):
-        shipped = str(Path(__file__).resolve().parent / "assets" / "onehot")
-        args.adapter = "runs/ppd" if Path("runs/ppd/adapter.safetensors").exists() else shipped
+        places = [Path(name).parent for name, _ in args.user if name not in ("zero", "base")][:1]
+        places += [Path("runs/ppd"), Path(__file__).resolve().parent / "assets" / "ppd"]
+        args.adapter = next(str(place) for place in places if (place / "adapter.safetensors").exists())
     return args
 
 
@@ -79,7 +77,34 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from ppd import BadInput, StableCascade, UserAdapter, load_user, pick_device, run_script
+from ppd import BadInput, StableCascade, UserAdapter, hub_file, is_hub_id, load_user, pick_device, reader_of, run_script
+
+
+def read_prompts(source):
+    """Captions of a text file, one a line; of a .tsv's Prompt column, quotation marks kept (PartiPrompts has captions that
+    begin with one); or of PartiPrompts.tsv in a dataset repository."""
+    path = hub_file(source, "PartiPrompts.tsv", "dataset") if is_hub_id(source) else Path(source)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise BadInput(f"--prompts {path}: not a UTF-8 text file") from None
+    if path.suffix == ".tsv":
+        rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+        if not rows or "Prompt" not in rows[0]:
+            raise BadInput(f"--prompts {path}: expected a Prompt column and a row below it")
+        lines = [row["Prompt"] for row in rows]
+    if not (prompts := [line.strip() for line in lines if line and line.strip()]):
+        raise BadInput(f"--prompts {path}: no caption in it")
+    return prompts
+
+
+def load_base(args, adapter=None):
+    """The base that the adapter was trained on, unless --base says another, with the adapter installed."""
+    header = adapter.header if adapter else {}
+    base = StableCascade(args.base or header.get("base", "tiny"), pick_device(args.device), decoder=args.decoder, grid=header.get("grid", 24))
+    if adapter:
+        adapter.install(base.prior)
+    return base
 
 
 def standardised(adapter, name, group=0):
@@ -87,9 +112,12 @@ def standardised(adapter, name, group=0):
     the zero user: it has seen nobody else."""
     if name == "zero" or adapter.header.get("objective") == "dpo":
         return torch.zeros_like(adapter.mean)[None]
-    embedding = load_user(name)["embedding"]
+    user = load_user(name)
+    embedding, reader = user["embedding"], adapter.header.get("reader")
     if embedding.shape[2] != adapter.user_dim:
         raise BadInput(f"{name}: embedding of width {embedding.shape[2]}, but {adapter.path} was trained on width {adapter.user_dim}")
+    if reader and reader_of(user) != reader:
+        raise BadInput(f"{name}: read by {reader_of(user)}, but {adapter.path} was trained on people read by {reader} (VLM, layer, after a profile)")
     if not 0 <= group < len(embedding):
         raise BadInput(f"--group {group}: {name} has groups 0 to {len(embedding) - 1}")
     with torch.no_grad():
@@ -97,28 +125,28 @@ def standardised(adapter, name, group=0):
 
 
 def generate(base, prompts, seeds, adapter=None, person=None, batch=32, desc=None, **how):
-    """PIL pictures of prompts, one seed each, for one person: standardised embedding (1, D), or None for the base."""
+    """PIL pictures of prompts, one seed each. person: standardised embedding (1, D), a row a prompt, or None: the base."""
     pictures = []
     with torch.no_grad():
         tokens = None if person is None else adapter(person.to(base.device), standardised=True)
         for i in tqdm(range(0, len(prompts), batch), desc=desc, unit="batch", disable=None if desc else True, leave=False):
             some = prompts[i:i + batch]
-            mine = None if tokens is None else tokens.expand(len(some), -1, -1)
-            pictures += base.decode(base.sample(some, seeds[i:i + batch], adapter, mine, **how))
+            mine = None if tokens is None else tokens.expand(len(prompts), -1, -1)[i:i + batch]
+            pictures += base.decode(base.sample(some, seeds[i:i + batch], adapter, mine, **how), some, seeds[i:i + batch])
     return pictures
 
 
 def grid(rows, row_labels, column_labels, size=96):
     """Labelled contact sheet. rows: list of lists of PIL images; returns one PIL image."""
     font, pad = ImageFont.load_default(size=13), 4
-    left = int(max(font.getlength(label) for label in row_labels)) + 2 * pad
+    left = int(max(font.getlength(line) for label in row_labels for line in label.split("\n"))) + 2 * pad
     top = 20 * max(label.count("\n") + 1 for label in column_labels)
     sheet = Image.new("RGB", (left + len(column_labels) * (size + pad), top + len(rows) * (size + pad)), "white")
     pen = ImageDraw.Draw(sheet)
     for x, label in enumerate(column_labels):
         pen.multiline_text((left + x * (size + pad) + size // 2, top // 2), label, "black", font, anchor="mm", align="center")
     for y, (label, images) in enumerate(zip(row_labels, rows)):
-        pen.text((left - pad, top + y * (size + pad) + size // 2), label, "black", font, anchor="rm")
+        pen.multiline_text((left - pad, top + y * (size + pad) + size // 2), label, "black", font, anchor="rm", align="right")
         for x, image in enumerate(images):
             sheet.paste(image.resize((size, size), Image.BICUBIC), (left + x * (size + pad), top + y * (size + pad)))
     return sheet
@@ -126,9 +154,9 @@ def grid(rows, row_labels, column_labels, size=96):
 
 def run(args):
     adapter = UserAdapter.load(args.adapter) if args.adapter else None
-    base = StableCascade(args.base or (adapter.header.get("base", "tiny") if adapter else "tiny"), pick_device(args.device))
+    base = load_base(args, adapter)
+    args.prompt += read_prompts(args.prompts) if args.prompts else []
     if adapter:
-        adapter.install(base.prior)
         print(f"adapter {adapter.path}, step {adapter.header.get('step')}, base {base.name}")
     people = [None if name == "base" else standardised(adapter, name, args.group) for name, _ in args.user]
     stems = [Path(name).stem for name, _ in args.user]
@@ -143,7 +171,7 @@ def run(args):
             print(f"warning: {prompt!r} has {length} tokens, the text encoder reads {base.tokenizer.model_max_length}", file=sys.stderr)
     prompts, seeds = [c for c in args.prompt for _ in range(args.n)], [args.seed + i for _ in args.prompt for i in range(args.n)]
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    how = dict(user_scale=args.user_scale, uncond_user=args.uncond_user, steps=args.steps,
+    how = dict(user_scale=args.user_scale, uncond_user=args.uncond_user, steps=args.steps or base.steps,
                guidance=base.guidance if args.guidance is None else args.guidance)
     made = {}
     for label, (person, users) in columns.items():

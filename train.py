@@ -14,13 +14,15 @@ import json
 import math
 import os
 import signal
+import sys
 import time
 from functools import lru_cache
 from pathlib import Path
 
 # Defaults by base. batch: pairs a step, over all GPUs; micro: pairs a GPU holds at once; steps None: one epoch.
 RECIPES = {
-    "tiny": dict(batch=32, micro=32, lr=5e-4, beta=6.0, t_min=0.85, max_steps=300, warmup=20, decay="cosine", tokens=4, token_dim=64),
+    "tiny": dict(batch=32, micro=32, lr=1e-3, beta=1.0, t_min=0.85, max_steps=400, warmup=20, decay="cosine", tokens=4, token_dim=64),
+    "tiny, one-hot": dict(batch=32, micro=32, lr=5e-4, beta=6.0, t_min=0.85, max_steps=300, warmup=20, decay="cosine", tokens=4, token_dim=64),
     "full": dict(batch=768, micro=8, lr=1e-5, beta=1.0, t_min=0.001, max_steps=None, warmup=20, decay="constant", tokens=4, token_dim=1024),
 }
 
@@ -28,8 +30,10 @@ RECIPES = {
 def arguments(argv=None):
     p = argparse.ArgumentParser(prog="train.py", usage=argparse.SUPPRESS, description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    by_base = lambda key: "(default: tiny {}, full scale {})".format(*(RECIPES[base][key] or "one epoch" for base in ("tiny", "full")))
-    p.add_argument("--base", default="tiny", help="'tiny' or a folder in the hub's layout (default: %(default)s)")
+    by_base = lambda key: "(default: " + ", ".join(f"{name} {recipe[key] or 'one epoch'}" for name, recipe in RECIPES.items()) + ")"
+    p.add_argument("--base", default="tiny", help="'tiny', a hub id or a folder in its layout (default: %(default)s)")
+    p.add_argument("--decoder", default="stabilityai/stable-cascade", help="hub id or folder with the image encoder and Stages A and B (default: %(default)s)")
+    p.add_argument("--grid", type=int, default=24, help="side of the latents at full scale, a 32nd of the pictures' (default: %(default)s)")
     p.add_argument("--users", default="users", help="folder that embed.py wrote (default: %(default)s)")
     p.add_argument("--data", help="folder of the parquet files, if it moved since embed.py read it")
     p.add_argument("--out", default="runs/ppd", help="folder to write (default: %(default)s)")
@@ -57,12 +61,21 @@ def arguments(argv=None):
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     p.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float64"), default="auto", help="of the frozen base; auto: float32 on CPU, else bfloat16")
     args = p.parse_args(argv)
+    pairs = Path(args.users) / "pairs.parquet"
+    if not pairs.is_file():
+        p.error(f"--users {args.users}: no pairs.parquet there; run embed.py first")
     world = int(os.environ.get("WORLD_SIZE", 1))
     small = args.base == "tiny" or (Path(args.base.partition(":")[0]) / "codec").is_dir()  # a retrained tiny base is one too
-    for key, value in RECIPES["tiny" if small else "full"].items():
+    try:
+        from pyarrow.parquet import read_metadata
+        one_hot = json.loads(read_metadata(pairs).metadata[b"ppd"]).get("one_hot")
+    except Exception as error:
+        p.error(f"{pairs}: not a pairs file of embed.py ({type(error).__name__})")
+    recipe = "full" if not small else "tiny, one-hot" if one_hot else "tiny"
+    for key, value in RECIPES[recipe].items():
         if getattr(args, key) is None:
             setattr(args, key, max(1, min(value, args.batch // world)) if key == "micro" else value)
-    least = dict(batch=1, micro=1, max_steps=1, save_every=1, log_every=1, tokens=1, token_dim=1, seed=0, workers=0, warmup=0, preview_every=0)
+    least = dict(batch=1, micro=1, max_steps=1, save_every=1, log_every=1, tokens=1, token_dim=1, grid=1, seed=0, workers=0, warmup=0, preview_every=0)
     for key, low in least.items():
         if (value := getattr(args, key)) is not None and value < low:
             p.error(f"--{key.replace('_', '-')} {value}: expected {low} or more")
@@ -75,8 +88,6 @@ def arguments(argv=None):
         p.error(f"--user-drop {args.user_drop}: expected a share in [0, 1]")
     if args.batch % (args.micro * world):
         p.error(f"--batch {args.batch}: expected a multiple of --micro x processes = {args.micro * world}")
-    if not (Path(args.users) / "pairs.parquet").is_file():
-        p.error(f"--users {args.users}: no pairs.parquet there; run embed.py first")
     if (Path(args.out) / "state.pt").exists() and not args.resume:
         p.error(f"--out {args.out} holds a run already: add --resume to continue it, or choose another folder")
     return args
@@ -94,18 +105,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from embed import read_pairs, read_pictures
-from ppd import BadInput, StableCascade, UserAdapter, denoising_error, load_user, pick_device, ppd_loss, run_script, write_atomically
+from ppd import BadInput, StableCascade, UserAdapter, denoising_error, load_user, pick_device, ppd_loss, reader_of, run_script, write_atomically
 from sample import grid
 
 
 # ---------------------------------------------------------------------------------------------------- people and pairs
 def load_users(folder, names):
-    """{name: (groups, D) float32}, the last stored state of each person's file; and whether they are one-hot."""
+    """{name: (groups, D) float32}, the last stored state of each person's file; and who read them (ppd.reader_of)."""
     users = {name: load_user(Path(folder) / f"{name}.pt") for name in names}
-    dims = {user["embedding"].shape[-1] for user in users.values()}
-    if len(dims) > 1:
-        raise BadInput(f"--users {folder}: embeddings of different widths {sorted(dims)}; expected one")
-    return {name: user["embedding"][:, -1] for name, user in users.items()}, {user.get("vlm") for user in users.values()} == {"one-hot"}
+    kinds = {(user["embedding"].shape[-1], *reader_of(user)) for user in users.values()}
+    if len(kinds) > 1:
+        raise BadInput(f"--users {folder}: people of different widths or readers: {' and '.join(map(str, sorted(kinds, key=str)[:2]))}; expected one")
+    return {name: user["embedding"][:, -1] for name, user in users.items()}, list(kinds.pop()[1:])
 
 
 @lru_cache(2)
@@ -125,12 +136,20 @@ class Pairs(torch.utils.data.Dataset):
 
     def __getitem__(self, position):
         epoch, i = divmod(position, len(self.rows))
-        row = self.rows[epoch_order(self.seed, epoch, len(self.rows))[i]]
+        order = epoch_order(self.seed, epoch, len(self.rows))
         key = np.random.SeedSequence([self.seed, position]).generate_state(1, np.uint64)[0]
         g = torch.Generator().manual_seed(int(key) >> 1)
         u_time, u_drop, u_group = torch.rand(3, generator=g, dtype=torch.float64).tolist()
         noise = torch.randn(2, *self.latent_shape, generator=g)
-        pictures = read_pictures(self.data, row)
+        for skipped in range(100):  # a broken pair is named, and the next one of the order takes its place
+            row = self.rows[order[(i + skipped) % len(order)]]
+            try:
+                pictures = read_pictures(self.data, row)
+                break
+            except BadInput as problem:
+                print(f"skipped: {problem}", file=sys.stderr)
+        else:
+            raise BadInput(f"{self.data}: 100 broken pairs one after the other")
         return dict(caption=row["caption"], ranking_id=row["ranking_id"], preferred=pictures[row["preferred"]],
                     dispreferred=pictures[1 - row["preferred"]], t=self.t_min + (1 - self.t_min) * u_time, u_drop=u_drop,
                     noise=noise if self.separate_noise else noise[:1].expand_as(noise),
@@ -192,16 +211,15 @@ def preview(base, adapter, rows, users, objective, path):
         tokens = adapter.zero_user() if objective == "dpo" else adapter(users[name][:1].to(adapter.mean))
         columns[name] = base.sample(captions, range(len(captions)), adapter, tokens.expand(len(captions), -1, -1))
     path.parent.mkdir(exist_ok=True)
-    grid(list(zip(*map(base.decode, columns.values()))), captions, list(columns)).save(path)
+    grid(list(zip(*(base.decode(x, captions, range(len(captions))) for x in columns.values()))), captions, list(columns)).save(path)
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
 def run(args):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(args.device)
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(device)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device if ":" in device else 0)
     if world > 1:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     say = print if rank == 0 else lambda *a, **k: None
@@ -211,7 +229,7 @@ def run(args):
     rows = {split: [r for r in everything if r["split"] == split] for split in ("train", "validation")}
     if not rows["train"]:
         raise BadInput(f"--users {args.users}: pairs.parquet has no pair to train on")
-    users, one_hot = load_users(args.users, sorted({r["user"] for split in rows.values() for r in split}))
+    users, reader = load_users(args.users, sorted({r["user"] for split in rows.values() for r in split}))
     data, first = Path(args.data or settings["data"]), rows["train"][0]["file"]
     if not (data / first).is_file():
         raise BadInput(f"--data {data}: no file {first} there; give the folder that embed.py read")
@@ -219,13 +237,13 @@ def run(args):
 
     # the frozen base, the adapter, the optimizer
     dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    base = StableCascade(args.base, device, dtype)
+    base = StableCascade(args.base, device, dtype, args.decoder, args.grid)
     if args.checkpointing:
         base.prior.enable_gradient_checkpointing()
     torch.manual_seed(args.seed)
     dim = next(iter(users.values())).shape[1]
     adapter = UserAdapter(dim, base.channels, args.tokens, args.token_dim)
-    if not one_hot:
+    if reader[0] != "one-hot":
         known = torch.cat([users[name] for name in sorted({r["user"] for r in rows["train"]})])
         adapter.mean.copy_(known.mean(0)), adapter.std.copy_(known.std(0, correction=0).clamp(min=1e-6))
     adapter.install(base.prior).to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -254,9 +272,11 @@ def run(args):
     accumulate = args.batch // (args.micro * world)
     say(f"base {args.base} on {device}, {base.dtype}: {sum(p.numel() for p in base.prior.parameters()) / 1e6:.1f}M frozen parameters, "
         f"{len(base.channels)} attention layers; adapter {sum(p.numel() for p in parameters) / 1e6:.2f}M, {args.tokens} tokens of {args.token_dim}")
-    say(f"{len(rows['train'])} training pairs of {len({r['user'] for r in rows['train']})} users; {args.batch} a step = {args.micro} x {world} processes x {accumulate} accumulated; "
+    say(f"{len(rows['train'])} training pairs of {len({r['user'] for r in rows['train']})} users; "
+        f"{args.batch} a step = {args.micro} x {world} processes x {accumulate} accumulated; "
         f"{args.max_steps} steps = {args.max_steps * args.batch / len(rows['train']):.2f} epochs")
-    say(f"objective {args.objective}, beta {args.beta:g}, t from {args.t_min:g} to 1, lr {args.lr:g} ({args.decay}, {args.warmup} warm-up), user drop {args.user_drop:g}, seed {args.seed}")
+    say(f"objective {args.objective}, beta {args.beta:g}, t from {args.t_min:g} to 1, lr {args.lr:g} ({args.decay}, {args.warmup} warm-up), "
+        f"user drop {args.user_drop:g}, seed {args.seed}")
 
     pairs = Pairs(rows["train"], data, users, base.latent_shape, args.seed, args.noise == "separate", args.t_min)
     positions = [[step * args.batch + (m * world + rank) * args.micro + i for i in range(args.micro)]
@@ -271,7 +291,7 @@ def run(args):
 
     def save(step):
         if rank == 0:
-            header = dict(base=args.base, objective=args.objective, beta=args.beta, step=step, seed=args.seed, users=args.users)
+            header = dict(base=args.base, grid=args.grid, reader=reader, objective=args.objective, beta=args.beta, step=step, seed=args.seed, users=args.users)
             adapter.save(out / "adapter.safetensors", **header)
             state = dict(step=step, config=config, adapter=adapter.state_dict(), optimizer=optimizer.state_dict())
             write_atomically(out / "state.pt", lambda path: torch.save(state, path))
@@ -315,7 +335,8 @@ def run(args):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             bar.update()
-            bar.set_postfix_str(f"loss {line['loss']:.3f}, implicit accuracy {line.get('implicit_accuracy', float('nan')):.2f}, {line['pairs_per_second']:.1f} pairs/s", refresh=False)
+            bar.set_postfix_str(f"loss {line['loss']:.3f}, implicit accuracy {line.get('implicit_accuracy', float('nan')):.2f}, "
+                                f"{line['pairs_per_second']:.1f} pairs/s", refresh=False)
             if (step + 1) % args.save_every == 0 or step + 1 == args.max_steps or stopping:
                 save(step + 1)
             if fixed and args.preview_every and ((step + 1) % args.preview_every == 0 or step + 1 == args.max_steps):

@@ -49,3 +49,11 @@ def world(tmp_path_factory):
     script("tiny.py", "data", "--out", folder / "data", "--users", 60, "--pairs", 12, "--seed", 7)
     script("embed.py", "--data", folder / "data", "--one-hot", "light", "warm", "large", "--users", folder / "users")
     return folder / "data", folder / "users"
+
+
+@pytest.fixture(scope="session")
+def people(world, tmp_path_factory):
+    """The same small data, its people read by the VLM: (data folder, users folder)."""
+    folder = tmp_path_factory.mktemp("people") / "users"
+    script("embed.py", "--data", world[0], "--users", folder)
+    return world[0], folder

@@ -74,8 +74,8 @@ def test_baselines_are_the_same_loop(objective, world, tmp_path):
 
 
 def test_accumulation_and_ranks_change_nothing(world, tmp_path):
-    """1 process x 8 accumulated = 1 x 8 at once = 2 processes x 4, in float64 to 1e-9, in float32 to 1e-5."""
-    for dtype, tolerance in (("float64", 1e-9), ("float32", 1e-5)):
+    """1 process x 8 accumulated = 1 x 8 at once = 2 processes x 4, in float64 to 1e-9, in float32 to 1e-4."""
+    for dtype, tolerance in (("float64", 1e-9), ("float32", 1e-4)):
         common = ["--users", world[1], *TRAIN, "--max-steps", 2, "--beta", 1, "--lr", 2e-3, "--t-min", 0.001, "--dtype", dtype]
         ways = dict(whole=["train.py", "--micro", 8], split=["train.py", "--micro", 1, "--workers", 2],
                     ranks=["-m", "torch.distributed.run", "--nproc-per-node", 2, "train.py", "--micro", 4])
@@ -267,6 +267,15 @@ BAD = [  # script, arguments, what its one line says; {w} is the test's folder, 
     ("evaluate", "rewards --adapter assets/onehot --users {w}/empty", "no pairs.parquet there"),
     ("sample", "--prompts {w}/latin.txt", "not a UTF-8 text file"),
     ("evaluate", "rewards --adapter assets/onehot --n 0", "--n 0: expected 1 or more"),
+    ("embed", "--data no/such --users {w}/a", "--data no/such: no such folder here, and no such dataset on the hub"),
+    ("embed", "--vlm no/such --pairs {w}/me.jsonl --out {w}/a/me.pt", "me.jsonl: not a readable text file"),
+    ("embed", "--pairs {w}/me.jsonl", "--pairs JSONL and --out FILE.pt go together"),
+    ("embed", "--layer last --users {w}/a", "--layer last: expected a number or all"),
+    ("train", "--users {w}/mixed --out {w}/r", "people of different widths or readers"),
+    ("sample", "--prompt x --user {w}/other.pt --adapter assets/ppd", "but assets/ppd/adapter.safetensors was trained on people read by"),
+    ("sample", "--prompts {w}/bad.tsv", "bad.tsv: expected a Prompt column"),
+    ("evaluate", "judge --adapter assets/ppd --judge-url http://localhost/v1", "--judge-url wants the endpoint's model too"),
+    ("evaluate", "people --adapter assets/ppd --users {u}", "embedding of width 3, but assets/ppd/adapter.safetensors was trained on width 192"),
 ]
 
 
@@ -275,7 +284,7 @@ def bad(world, tmp_path_factory):
     from test_method import Evil
 
     w = tmp_path_factory.mktemp("bad")
-    for name in ("empty", "torn", "columns", "evil", "nopairs"):
+    for name in ("empty", "torn", "columns", "evil", "nopairs", "mixed"):
         (w / name).mkdir()
     good = sorted(world[0].glob("*.parquet"))[0]
     (w / "torn" / "torn.parquet").write_bytes(good.read_bytes()[:5000])
@@ -286,6 +295,11 @@ def bad(world, tmp_path_factory):
         torch.save(dict(embedding=Evil()), w / "evil" / f"{name}.pt")
     (w / "latin.txt").write_bytes(b"caf\xe9")
     embed.write_user(w, "wide", embedding=torch.ones(1, 1, 5))
+    embed.write_user(w, "other", embedding=torch.ones(1, 1, 192), vlm="other", layer="-1")
+    (w / "mixed" / "pairs.parquet").write_bytes((world[1] / "pairs.parquet").read_bytes())
+    for name in ("light", "warm", "large"):
+        embed.write_user(w / "mixed", name, embedding=torch.ones(1, 1, 3), vlm=name)
+    (w / "bad.tsv").write_text("Caption\nx\n")
     return w
 
 
