@@ -94,7 +94,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import tiny
-from ppd import TINY, BadInput, hub_file, is_hub_id, load_user, pick_device, run_script, write_atomically
+from ppd import TINY, BadInput, hub_file, is_hub_id, load_frozen, load_user, pick_device, run_script, write_atomically
 
 COLUMNS = dict(ranking_id="an integer", user_id="an integer", caption="a string", image_0_uid="a string",
                image_1_uid="a string", label_0="0, 0.5 or 1")
@@ -241,12 +241,9 @@ def load_vlm(name, device):
     if isinstance(folder, Path) and not (folder / "config.json").is_file():
         raise BadInput(f"--vlm {name}: no {folder / 'config.json'}; expected 'tiny', a hub id or a folder in its layout")
     try:
-        model, info = transformers.LlavaOnevisionForConditionalGeneration.from_pretrained(
-            folder, dtype=torch.float32 if device == "cpu" else torch.bfloat16, output_loading_info=True)
-        if info["missing_keys"]:  # they would be random
-            raise OSError(f"{len(info['missing_keys'])} tensors are missing, {sorted(info['missing_keys'])[0]} first")
+        model = load_frozen(transformers.LlavaOnevisionForConditionalGeneration, folder, device, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
-        return model.to(device).eval().requires_grad_(False), tokenizer, LlavaOnevisionImageProcessorPil.from_pretrained(folder)
+        return model, tokenizer, LlavaOnevisionImageProcessorPil.from_pretrained(folder)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BadInput(f"--vlm {name}: cannot load {folder}: {str(error).strip().splitlines()[0]}") from None
 
@@ -506,9 +503,9 @@ def score_pairs(args, rows, device, chunk=256):
             for name in args.one_hot if good else ():
                 captions = [chunks[number][i]["caption"] for i in good for _ in range(2)]
                 scores[name][good] = score(name, images, captions, device).reshape(-1, 2)
-            with open(folder / f"{number:06d}.npz.tmp", "wb") as file:
-                np.savez(file, ranking_ids=ids(chunks[number]), **scores)
-            os.replace(folder / f"{number:06d}.npz.tmp", folder / f"{number:06d}.npz")
+            buffer = io.BytesIO()
+            np.savez(buffer, ranking_ids=ids(chunks[number]), **scores)
+            write_atomically(folder / f"{number:06d}.npz", lambda path: path.write_bytes(buffer.getvalue()))
     if world > 1:
         dist.barrier()
     parts = [kept(number) for number in range(len(chunks))] if rank == 0 else []

@@ -229,15 +229,10 @@ class StableCascade:
         if self.dtype == torch.float16:
             raise BadInput("float16 gives NaN in Stage C: use bfloat16 or float32")
 
-        def load(cls, name):
-            model, info = cls.from_pretrained(folder, subfolder=name, torch_dtype=self.dtype, variant="bf16", output_loading_info=True)
-            if info["missing_keys"]:  # they would be random
-                raise OSError(f"{name} lacks {len(info['missing_keys'])} tensors, {sorted(info['missing_keys'])[0]} first")
-            return model.to(self.device).eval().requires_grad_(False)
-
         try:
-            self.prior = load(diffusers.StableCascadeUNet, sub)
-            self.text_encoder = load(transformers.CLIPTextModelWithProjection, "text_encoder")
+            how = dict(torch_dtype=self.dtype, variant="bf16")
+            self.prior = load_frozen(diffusers.StableCascadeUNet, folder, self.device, subfolder=sub, **how)
+            self.text_encoder = load_frozen(transformers.CLIPTextModelWithProjection, folder, self.device, subfolder="text_encoder", **how)
             self.tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
             if isinstance(folder, Path) and (folder / "codec").is_dir():
                 self.codec = PatchCodec.load(folder / "codec" / "codec.safetensors").to(self.device, self.dtype)
@@ -320,6 +315,12 @@ class StableCascade:
         return x
 
 
+def fit_pixels(images, side, resample):
+    """PIL images, short side resized and centre cropped -> (B, 3, side, side) in [0, 1]."""
+    fitted = np.stack([ImageOps.fit(image.convert("RGB"), (side, side), resample) for image in images])
+    return einops.rearrange(torch.from_numpy(fitted), "b h w c -> b c h w") / 255
+
+
 class CascadeCodec:
     """Stage C's own image encoder, and Stages B and A to paint its latents; each is loaded when first needed. where: a hub
     id or a folder like stabilityai/stable-cascade's."""
@@ -349,8 +350,8 @@ class CascadeCodec:
         from diffusers import DDPMWuerstchenScheduler, StableCascadeDecoderPipeline, StableCascadeUNet
         from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
         try:
-            stage_b = StableCascadeUNet.from_pretrained(self.where, subfolder="decoder", variant="bf16", torch_dtype=self.dtype)
-            stage_a = PaellaVQModel.from_pretrained(self.where, subfolder="vqgan", torch_dtype=self.dtype)
+            stage_b = load_frozen(StableCascadeUNet, self.where, self.device, subfolder="decoder", variant="bf16", torch_dtype=self.dtype)
+            stage_a = load_frozen(PaellaVQModel, self.where, self.device, subfolder="vqgan", torch_dtype=self.dtype)
         except (OSError, ValueError, RuntimeError) as error:
             raise BadInput(f"--decoder {self.where}: {str(error).strip().splitlines()[0]}") from None
         pipeline = StableCascadeDecoderPipeline(decoder=stage_b, tokenizer=self.tokenizer, text_encoder=self.text_encoder,
@@ -360,10 +361,8 @@ class CascadeCodec:
 
     def preprocess(self, images):
         """Short side resized, centre cropped to 32 pixels a latent, ImageNet's normalisation."""
-        fitted = np.stack([ImageOps.fit(image.convert("RGB"), (32 * self.grid, 32 * self.grid), Image.BILINEAR) for image in images])
-        pixels = einops.rearrange(torch.from_numpy(fitted), "b h w c -> b c h w") / 255
         mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
-        return (pixels - mean) / std
+        return (fit_pixels(images, 32 * self.grid, Image.BILINEAR) - mean) / std
 
     def encode(self, pixels):
         return self.encoder(pixels)
@@ -394,8 +393,7 @@ class PatchCodec(nn.Module):
         return codec
 
     def preprocess(self, images):
-        fitted = np.stack([ImageOps.fit(image.convert("RGB"), (self.side, self.side), Image.BICUBIC) for image in images])
-        return einops.rearrange(torch.from_numpy(fitted), "b h w c -> b c h w") / 255
+        return fit_pixels(images, self.side, Image.BICUBIC)
 
     def encode(self, pixels):
         patches = einops.rearrange(pixels.to(self.mean.dtype), "b c (h p) (w q) -> b h w (c p q)", p=self.patch, q=self.patch)
@@ -410,6 +408,14 @@ class PatchCodec(nn.Module):
 def is_hub_id(name):
     """Whether a string that is no folder here reads like owner/name on the hub."""
     return not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) is not None
+
+
+def load_frozen(cls, where, device, **how):
+    """A pretrained model, in eval mode and without gradients. OSError if a tensor is missing: it would be random."""
+    model, info = cls.from_pretrained(where, output_loading_info=True, **how)
+    if info["missing_keys"]:
+        raise OSError(f"{how.get('subfolder', where)} lacks {len(info['missing_keys'])} tensors, {sorted(info['missing_keys'])[0]} first")
+    return model.to(device).eval().requires_grad_(False)
 
 
 def hub_file(where, name, kind="model"):

@@ -106,7 +106,7 @@ from tqdm import tqdm
 
 from embed import read_pairs, read_pictures
 from ppd import BadInput, StableCascade, UserAdapter, denoising_error, load_user, pick_device, ppd_loss, reader_of, run_script, write_atomically
-from sample import grid
+from sample import generate, grid
 
 
 # ---------------------------------------------------------------------------------------------------- people and pairs
@@ -206,12 +206,13 @@ def validate(base, adapter, batches, args):
 def preview(base, adapter, rows, users, objective, path):
     """A sheet for three captions and three people of `rows`, the base beside them."""
     captions, names = sorted({r["caption"] for r in rows})[:3], sorted({r["user"] for r in rows})[:3]
-    columns = {"base": base.sample(captions, range(len(captions)))}
+    seeds = range(len(captions))
+    columns = {"base": generate(base, captions, seeds)}
     for name in names:
-        tokens = adapter.zero_user() if objective == "dpo" else adapter(users[name][:1].to(adapter.mean))
-        columns[name] = base.sample(captions, range(len(captions)), adapter, tokens.expand(len(captions), -1, -1))
+        person = torch.zeros_like(adapter.mean)[None] if objective == "dpo" else adapter.standardise(users[name][:1].to(adapter.mean))
+        columns[name] = generate(base, captions, seeds, adapter, person)
     path.parent.mkdir(exist_ok=True)
-    grid(list(zip(*(base.decode(x, captions, range(len(captions))) for x in columns.values()))), captions, list(columns)).save(path)
+    grid(list(zip(*columns.values())), captions, list(columns)).save(path)
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
