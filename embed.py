@@ -46,11 +46,13 @@ def arguments(argv=None):
     p.add_argument("--vlm", default="tiny", help="'tiny', a LLaVA-OneVision id like llava-hf/llava-onevision-qwen2-7b-ov-hf or a folder in its layout (default: %(default)s)")
     p.add_argument("--layer", default="-1", help="whose last state is the embedding: a number, 0 is the input's, -1 the last layer's; or all (default: %(default)s)")
     p.add_argument("--profile", action="store_true", help="let the VLM write the person's profile first, then take its state")
-    p.add_argument("--groups", type=int, default=4, help="most four-shot groups a person (default: %(default)s)")
+    p.add_argument("--shots", type=int, default=4, help="choices in a group (default: %(default)s)")
+    p.add_argument("--groups", type=int, default=4, help="most groups a person (default: %(default)s)")
     p.add_argument("--batch", type=int, help="groups the VLM reads at once (default: tiny 64, else 1)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     p.add_argument("--one-hot", nargs="+", metavar="REWARD", default=[],
-                   help="synthetic users: relabel every pair by each reward; " + " ".join(REWARDS) + ", on the tiny world light dark warm cool large small right left high low")
+                   help="synthetic users: relabel every pair by each reward; " + " ".join(REWARDS) + ", on the tiny world light dark warm cool large small right left "
+                   "high low; own: people's own labels, for train.py --objective dpo")
     p.add_argument("--validation-captions", type=float, default=0.1, help="share of captions, by hash (default: %(default)s)")
     p.add_argument("--test-captions", type=float, default=0.2, help="share of captions, by hash (default: %(default)s)")
     p.add_argument("--unseen-users", type=float, default=0.25, help="share of users, by hash (default: %(default)s)")
@@ -64,15 +66,15 @@ def arguments(argv=None):
             args.layer = int(args.layer)
         except ValueError:
             p.error(f"--layer {args.layer}: expected a number or all")
-    for name in ("groups", "batch"):
+    for name in ("shots", "groups", "batch"):
         if getattr(args, name) < 1:
             p.error(f"--{name} {getattr(args, name)}: expected 1 or more")
     if len(set(args.one_hot)) < len(args.one_hot):
         p.error("--one-hot: a reward is named twice")
     from tiny import WORDS
     for name in args.one_hot:
-        if name not in (*REWARDS, *WORDS):
-            p.error(f"--one-hot {name}: no such reward; choose from {' '.join((*REWARDS, *WORDS))}")
+        if name not in (*REWARDS, *WORDS, "own"):
+            p.error(f"--one-hot {name}: no such reward; choose from {' '.join((*REWARDS, *WORDS, 'own'))}")
     for name in ("validation_captions", "test_captions", "unseen_users"):
         if not 0 <= getattr(args, name) < 1:
             p.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected a share in [0, 1)")
@@ -295,12 +297,12 @@ def read_people(vlm, groups, layer=-1, profile=False):
     return torch.stack([s[torch.arange(len(s)), last] for s in states], 1).float().cpu(), texts
 
 
-def four_shot_groups(rows, most):
-    """A person's conditioning rows -> up to `most` disjoint groups of four, in an order that only hashes decide, at
-    least one row left over where there are more than four; fewer than four rows give none."""
+def few_shot_groups(rows, most, shots=4):
+    """A person's conditioning rows -> up to `most` disjoint groups of `shots`, in an order that only hashes decide, at
+    least one row left over where there are more; fewer than `shots` rows give none."""
     rows = sorted(rows, key=lambda row: share("order", row["ranking_id"]))
-    count = min(most, max(1, (len(rows) - 1) // 4)) if len(rows) >= 4 else 0
-    return [rows[4 * g:4 * g + 4] for g in range(count)]
+    count = min(most, max(1, (len(rows) - 1) // shots)) if len(rows) >= shots else 0
+    return [rows[shots * g:shots * (g + 1)] for g in range(count)]
 
 
 def group_pictures(data, rows):
@@ -309,14 +311,14 @@ def group_pictures(data, rows):
 
 
 def vlm_users(args, rows, settings):
-    """Sec. 4.2: every person with four choices is read by the VLM, one embedding a group. Seen people are read from
+    """Sec. 4.2: every person with enough choices, four, is read by the VLM, one embedding a group. Seen people are read from
     their train captions only, unseen ones from those that nobody is tested on. Under torchrun each process reads its
     share; what is written already is skipped."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     people = {}
     for row in rows:
         people.setdefault(str(row["user_id"]), []).append(row)
-    groups = {user: four_shot_groups([r for r in its if r["split"] in ("train", "shots")], args.groups) for user, its in people.items()}
+    groups = {user: few_shot_groups([r for r in its if r["split"] in ("train", "shots")], args.groups, args.shots) for user, its in people.items()}
     few = [user for user, its in groups.items() if not its]
     todo, folder = sorted(groups.keys() - few)[rank::world], Path(args.users)
     folder.mkdir(parents=True, exist_ok=True)
@@ -338,7 +340,7 @@ def vlm_users(args, rows, settings):
                 shots.append(group_pictures(args.data, group))
                 whole.append((user, [r["ranking_id"] for r in group]))
             except BadInput as problem:
-                print(f"person {user}: a group of four is left out: {problem}", file=sys.stderr)
+                print(f"person {user}: a group of {args.shots} is left out: {problem}", file=sys.stderr)
         states, texts = [None] * len(shots), [None] * len(shots)
         order = sorted(range(len(shots)), key=lambda k: sum(len(caption) for caption, _, _ in shots[k]))  # alike lengths, little padding
         for batch in (order[j:j + args.batch] for j in range(0, len(order), args.batch)):
@@ -363,12 +365,12 @@ def vlm_users(args, rows, settings):
                     pairs.append(row | dict(user=user, groups=free))
                 alone += not free and row["split"] != "shots"
         write_pairs(folder, pairs, settings)
-        print(f"{len(groups) - len(few)} people, {read} groups read; {len(few)} have fewer than four choices; "
+        print(f"{len(groups) - len(few)} people, {read} groups read; {len(few)} have fewer than {args.shots} choices; "
               f"{len(pairs)} pairs, {alone} dropped because every group of their person contains them or one of their pictures")
 
 
 def own_person(args):
-    """Your own choices -> one person's file. Every four lines make a group; a rest is named and left out."""
+    """Your own choices -> one person's file. Every --shots lines, four, make a group; a rest is named and left out."""
     source, shots = Path(args.pairs), []
     try:
         lines = [(n, line) for n, line in enumerate(source.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
@@ -382,11 +384,11 @@ def own_person(args):
         except (ValueError, KeyError, TypeError, AssertionError):
             raise BadInput(f'{source} line {n}: expected {{"caption": "...", "preferred": "image file", "dispreferred": "image file"}}') from None
         shots.append((caption, *(open_image(source.parent / path, f"{source} line {n}: {path}") for path in paths)))
-    if len(shots) < 4:
-        raise BadInput(f"{source}: {len(shots)} choices; expected at least four")
-    if len(shots) % 4:
-        print(f"the last {len(shots) % 4} of {len(shots)} lines make no group of four and are not used")
-    groups = [shots[i:i + 4] for i in range(0, len(shots) - 3, 4)]
+    if len(shots) < args.shots:
+        raise BadInput(f"{source}: {len(shots)} choices; expected at least {args.shots}")
+    if rest := len(shots) % args.shots:
+        print(f"the last {rest} of {len(shots)} lines make no group of {args.shots} and are not used")
+    groups = [shots[i:i + args.shots] for i in range(0, len(shots) - args.shots + 1, args.shots)]
     states, texts = read_people(load_vlm(args.vlm, pick_device(args.device)), groups, args.layer, args.profile)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -475,8 +477,8 @@ def score(name, images, captions, device="cpu", batch=64):
     return torch.cat(scores).cpu().numpy()
 
 
-def score_pairs(args, rows, device, chunk=256):
-    """Both pictures' scores by every reward: {name: (n, 2)}, nan where a picture is broken, which is named. Kept in
+def score_pairs(args, names, rows, device, chunk=256):
+    """Both pictures' scores by the named rewards: {name: (n, 2)}, nan where a picture is broken, which is named. Kept in
     <users>/scores, a file a chunk: nothing is computed twice, and under torchrun every process scores its share."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     folder, chunks = Path(args.users) / "scores", [rows[i:i + chunk] for i in range(0, len(rows), chunk)]
@@ -487,8 +489,8 @@ def score_pairs(args, rows, device, chunk=256):
         path = folder / f"{number:06d}.npz"
         if path.exists():
             with np.load(path, allow_pickle=False) as file:
-                if np.array_equal(file["ranking_ids"], ids(chunks[number])) and set(args.one_hot) <= set(file.files):
-                    return {name: file[name] for name in args.one_hot}
+                if np.array_equal(file["ranking_ids"], ids(chunks[number])) and set(names) <= set(file.files):
+                    return {name: file[name] for name in names}
 
     for number in tqdm(range(rank, len(chunks), world), desc="scoring pairs", unit="chunk", disable=None):
         if kept(number) is None:
@@ -499,8 +501,8 @@ def score_pairs(args, rows, device, chunk=256):
                     good.append(i)
                 except BadInput as problem:
                     print(f"skipped: {problem}", file=sys.stderr)
-            scores = {name: np.full((len(chunks[number]), 2), np.nan, np.float32) for name in args.one_hot}
-            for name in args.one_hot if good else ():
+            scores = {name: np.full((len(chunks[number]), 2), np.nan, np.float32) for name in names}
+            for name in names if good else ():
                 captions = [chunks[number][i]["caption"] for i in good for _ in range(2)]
                 scores[name][good] = score(name, images, captions, device).reshape(-1, 2)
             buffer = io.BytesIO()
@@ -509,7 +511,7 @@ def score_pairs(args, rows, device, chunk=256):
     if world > 1:
         dist.barrier()
     parts = [kept(number) for number in range(len(chunks))] if rank == 0 else []
-    return {name: np.concatenate([part[name] for part in parts]) for name in args.one_hot} if parts else {}
+    return {name: np.concatenate([part[name] for part in parts]) for name in names} if parts else {}
 
 
 # ------------------------------------------------------------------------------------------------------ files on disk
@@ -540,9 +542,11 @@ def read_pairs(folder):
 
 
 def one_hot_users(args, rows, settings):
-    """Sec. 5.1: every kept pair once per reward, relabelled by it; u is the reward's one-hot vector. A pair with a broken
+    """Sec. 5.1: every kept pair once per reward, relabelled by it (by "own": not at all); u is the reward's one-hot vector. A pair with a broken
     picture is named and skipped, one of equal scores is counted and dropped."""
-    scores = score_pairs(args, rows, pick_device(args.device))
+    rewards = [name for name in args.one_hot if name != "own"]
+    scores = score_pairs(args, rewards, rows, pick_device(args.device)) if rewards else {}
+    scores["own"] = np.array([[1 - row["preferred"], row["preferred"]] for row in rows], np.float32)
     if dist.is_initialized() and dist.get_rank() > 0:
         return
     pairs = [row | dict(user=name, preferred=int(second > first), groups=[0], score_0=first, score_1=second)
@@ -550,12 +554,13 @@ def one_hot_users(args, rows, settings):
              if first != second and first == first]
     if not pairs:
         raise BadInput(f"--data {args.data}: no pair is left, every one is broken or of equal scores")
+    Path(args.users).mkdir(parents=True, exist_ok=True)
     for i, name in enumerate(args.one_hot):
         write_user(args.users, name, embedding=torch.eye(len(args.one_hot))[i].view(1, 1, -1), vlm="one-hot")
     write_pairs(args.users, pairs, settings)
     for name in args.one_hot:
         of, equal, broken = [p for p in pairs if p["user"] == name], scores[name][:, 0] == scores[name][:, 1], np.isnan(scores[name][:, 0])
-        print(f"{name} ({REWARDS.get(name, ('drawn world',))[0]}): {len(of)} pairs, {sum(p['split'] == 'train' for p in of)} to train on, "
+        print(f"{name} ({'the people' if name == 'own' else REWARDS.get(name, ('drawn world',))[0]}): {len(of)} pairs, {sum(p['split'] == 'train' for p in of)} to train on, "
               f"{equal.sum()} dropped as equal, {broken.sum()} with a broken picture")
 
 

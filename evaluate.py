@@ -1,11 +1,14 @@
-"""The paper's numbers and figures, each by a subcommand. Results go to evaluation.json and .md beside the adapter (every
-subcommand rewrites only its own keys) and to a picture.
+"""The paper's numbers and figures, each by a subcommand. Results go to evaluation.json and .md beside the adapter or in --out
+(every subcommand rewrites only its own key and section) and to pictures. Both arms of a comparison get the same prompts and the
+same noise. Every rate and mean comes with its n and a 95% interval.
 
-    python evaluate.py                                   # Sec. 5.2: people read by the VLM, seen and unseen, with controls
-    python evaluate.py rewards --adapter runs/onehot     # Sec. 5.1: win rate and mean reward over the base, per reward
-    python evaluate.py judge                             # Sec. 5.2: a VLM or an endpoint judges for the person, seen and unseen
-
-Both arms of a comparison get the same prompts and the same noise. Every rate comes with its n and a 95% interval.
+    python evaluate.py                                                          # Fig. 5: people read by the VLM, seen and unseen
+    python evaluate.py judge                                                    # Fig. 5: a VLM or an endpoint judges for the person
+    python evaluate.py rewards --adapter runs/onehot --baselines runs/onehot    # Table 1, Fig. 3: the baselines trained and compared
+    python evaluate.py interpolate --adapter runs/onehot                        # Fig. 4; of an adapter for people: two of them blended
+    python evaluate.py classify --users users-classify                          # Fig. 2: which person is this embedding?
+    python evaluate.py profiles --baselines runs/baselines                      # Fig. 6: against the profile in the caption
+    python evaluate.py ablations                                                # what the paper leaves open, three seeds each
 """
 import argparse
 import base64
@@ -16,7 +19,9 @@ import itertools
 import json
 import math
 import os
+import platform
 import re
+import subprocess
 import sys
 import time
 import urllib.error
@@ -24,37 +29,49 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+COMMANDS = ("people", "judge", "rewards", "interpolate", "classify", "profiles", "ablations")
+
 
 def arguments(argv=None):
     p = argparse.ArgumentParser(prog="evaluate.py", usage=argparse.SUPPRESS, description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("command", nargs="?", choices=("people", "rewards", "judge"), default="people",
-                   help="people: drawn ones, whose taste is known (Sec. 5.2); rewards: one-hot users (Sec. 5.1); judge: any people (Sec. 5.2) (default: %(default)s)")
+    p.add_argument("command", nargs="?", choices=COMMANDS, default="people", help=", ".join(COMMANDS) + " (default: %(default)s)")
     p.add_argument("--adapter", help="run folder or adapter file (default: runs/ppd, for rewards runs/onehot)")
     p.add_argument("--data", help="folder with people.json, if it moved since embed.py read it")
-    p.add_argument("--users", help="folder that embed.py wrote (default: the one the adapter was trained on)")
+    p.add_argument("--users", help="folder that embed.py wrote (default: the one the adapter was trained on; classify users-classify; ablations users)")
+    p.add_argument("--profile-users", help="classify: the same people read after a written profile, by embed.py --profile")
     p.add_argument("--base", help="default: the one the adapter was trained on")
     p.add_argument("--decoder", default="stabilityai/stable-cascade", help="hub id or folder with Stages A and B (default: %(default)s)")
-    p.add_argument("--prompts", help="rewards: captions, as sample.py takes them (default: the held-out ones)")
+    p.add_argument("--baselines", help="rewards, profiles: folder of the baselines' runs, dpo, sft, dpo-<reward>; those not there are trained like the adapter")
+    p.add_argument("--prompts", help="rewards, interpolate: captions, as sample.py takes them (default: the held-out ones)")
     p.add_argument("--judge", help="judge: a VLM as embed.py's --vlm, or the endpoint's model (default: the VLM that read the people)")
     p.add_argument("--judge-url", help="judge: an OpenAI-compatible endpoint like https://host/v1; its key is read from OPENAI_API_KEY")
     p.add_argument("--judge-timeout", type=float, default=120, help="seconds for an answer (default: %(default)s)")
     p.add_argument("--judge-wait", type=float, default=2, help="seconds before asking a failing endpoint again, doubled each time (default: %(default)s)")
-    p.add_argument("--n", type=int, help="people of a kind, or pictures a reward and arm (default: 200; with --prompts all; judge 277 seen and 192 unseen)")
+    p.add_argument("--train-steps", type=int, default=300, help="ablations: steps a run (default: %(default)s)")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the frozen base in what is trained here (default: %(default)s)")
+    p.add_argument("--n", type=int, help="people of a kind, or pictures a reward and arm (default: 200; with --prompts all; judge 277 seen and 192 "
+                                         "unseen; interpolate 64 captions or couples; classify 300 people; ablations 100)")
     p.add_argument("--steps", type=int, help="denoising steps (default: tiny 20, full scale 30)")
     p.add_argument("--guidance", type=float, help="classifier-free guidance (default: tiny 2, full scale 4)")
     p.add_argument("--batch", type=int, default=50, help="pictures at once (default: %(default)s)")
     p.add_argument("--seed", type=int, default=10_000, help="of the first picture (default: %(default)s)")
-    p.add_argument("--out", help="folder to write (default: the adapter's)")
+    p.add_argument("--out", help="folder to write (default: the adapter's; classify the users'; ablations runs/ablations)")
     p.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     args = p.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else list(argv)  # goes with the results
     args.adapter = args.adapter or ("runs/onehot" if args.command == "rewards" else "runs/ppd")
-    for key in ("n", "steps", "batch"):
+    for key in ("n", "steps", "batch", "train_steps"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
-            p.error(f"--{key} {getattr(args, key)}: expected 1 or more")
+            p.error(f"--{key.replace('_', '-')} {getattr(args, key)}: expected 1 or more")
     if args.judge_url and not args.judge:
         p.error("--judge-url wants the endpoint's model too: --judge MODEL")
-    if not Path(args.adapter).exists():
+    if args.command == "profiles" and not args.baselines:
+        p.error("profiles wants --baselines FOLDER: its run dpo is the Diffusion-DPO to compare with, trained if it is not there")
+    if args.command in ("classify", "ablations"):
+        args.users = args.users or dict(classify="users-classify", ablations="users")[args.command]
+        args.out = args.out or dict(classify=args.users, ablations="runs/ablations")[args.command]
+    elif not Path(args.adapter).exists():
         p.error(f"--adapter {args.adapter}: no such file or folder; train.py writes runs/<name>")
     args.out = args.out or str(Path(args.adapter) if Path(args.adapter).is_dir() else Path(args.adapter).parent)
     return args
@@ -63,7 +80,10 @@ def arguments(argv=None):
 if __name__ == "__main__":
     arguments()  # a wrong flag answers at once, not after the imports
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import nn
 from tqdm import tqdm
 
 import tiny
@@ -72,90 +92,87 @@ from ppd import BadInput, UserAdapter, load_user, pick_device, run_script, write
 from sample import generate, grid, load_base, read_prompts, standardised
 
 
+# ------------------------------------------------------------------------------------------------------------- numbers
 def wilson(rate, n, z=1.96):
     """95% interval of a rate by Wilson's score: honest at 0 and 1 too, where the bootstrap has width 0."""
     middle, half = rate + z * z / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
     return [round((middle - half) / (1 + z * z / n), 4), round((middle + half) / (1 + z * z / n), 4)]
 
 
+def rate(right):
+    """Numbers in [0, 1] -> their mean as a rate, n, and Wilson's interval; None where there is nothing to count."""
+    return dict(rate=round(float(np.mean(right)), 4), n=len(right), ci95=wilson(float(np.mean(right)), len(right))) if len(right) else None
+
+
+def mean(values):
+    """Numbers -> their mean, n, and its 95% interval by the normal approximation."""
+    values = np.asarray(values, np.float64)
+    half = 1.96 * values.std(ddof=1) / len(values)**0.5
+    return dict(mean=round(values.mean(), 4), n=len(values), ci95=[round(values.mean() - half, 4), round(values.mean() + half, 4)])
+
+
+def wins(ours, theirs):
+    """Scores of two arms on the same prompts and noise -> 1 where ours is higher, 0.5 for a tie, 0."""
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    return (ours > theirs) + 0.5 * (ours == theirs)
+
+
 def compare(ours, theirs):
-    """Scores of two arms on the same prompts and noise -> win rate (a tie is half), n, interval, and both means."""
-    rate = sum((a > b) + 0.5 * (a == b) for a, b in zip(ours, theirs)) / len(ours)
-    return dict(win_rate=round(float(rate), 4), n=len(ours), ci95=wilson(float(rate), len(ours)),
-                mean_user=round(float(sum(ours)) / len(ours), 4), mean_base=round(float(sum(theirs)) / len(theirs), 4))
+    """Scores of two arms on the same prompts and noise -> win rate, n, interval, and both means."""
+    won = rate(wins(ours, theirs))
+    return dict(win_rate=won["rate"], n=won["n"], ci95=won["ci95"], mean_user=round(float(np.mean(ours)), 4), mean_base=round(float(np.mean(theirs)), 4))
 
 
-def report(args, results, table, sheet, name):
-    """Merge results into evaluation.json, the Markdown table into evaluation.md, save the picture, print the table."""
-    out = Path(args.out)
+def spearman(weights, scores):
+    """Rank correlation of weights (W,) with the mean of scores (W, prompts) over prompts, and its 95% bootstrap interval over prompts."""
+    ranks = lambda x: np.argsort(np.argsort(x, axis=-1), axis=-1)
+    of = lambda means: float(np.corrcoef(ranks(weights), ranks(means))[0, 1])
+    rng = np.random.default_rng(0)
+    drawn = [of(scores[:, rng.integers(scores.shape[1], size=scores.shape[1])].mean(1)) for _ in range(1000)]
+    return dict(spearman=round(of(scores.mean(1)), 4), n=scores.shape[1], ci95=[round(float(q), 4) for q in np.quantile(drawn, (0.025, 0.975))])
+
+
+def between(r, form=".3f"):
+    return f"{r['ci95'][0]:{form}} to {r['ci95'][1]:{form}}"
+
+
+def give(r):
+    """A mean with its interval, as tables show it."""
+    return f"{r['mean']:+.2f} ({between(r, '+.2f')})"
+
+
+def said(f, ours="personalised"):
+    return (f"Colour and shape as the caption says: base {f['base']['rate']:.3f} ({between(f['base'])}, n = {f['base']['n']}), "
+            f"{ours} {f['ppd']['rate']:.3f} ({between(f['ppd'])}, n = {f['ppd']['n']}).")
+
+
+def report(args, result, pictures, key=None):
+    """Put the result under the subcommand's key of evaluation.json, with the command, seconds and machine that made it, and
+    its table into evaluation.md; save pictures {name: image}; print the table."""
+    out, key = Path(args.out), key or args.command
     out.mkdir(parents=True, exist_ok=True)
     path = out / "evaluation.json"
     before = json.loads(path.read_text()) if path.exists() else {}
-    write_atomically(path, lambda p: p.write_text(json.dumps(before | results, indent=1) + "\n"))
-    sections = {}
-    if (out / "evaluation.md").exists():
-        for part in (out / "evaluation.md").read_text().split("## ")[1:]:
-            sections[part.split("\n", 1)[0]] = part.split("\n", 1)[1].strip()
-    sections[name] = table
-    (out / "evaluation.md").write_text("\n".join(f"## {k}\n\n{v}\n" for k, v in sections.items()))
-    if sheet is not None:
-        sheet.save(out / f"{name}.png")
-    print(table)
-    print(f"-> {path}, {out / 'evaluation.md'}, {out / f'{name}.png'}")
+    device = torch.cuda.get_device_name() if args.device != "cpu" and torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    made = dict(command=" ".join(["python evaluate.py", *args.argv]), seconds=round(time.time() - args.began), machine=f"{platform.system()} {platform.machine()}, {device}",
+                torch=torch.__version__)
+    result = json.loads(json.dumps(dict(result, made=made)))
+    write_atomically(path, lambda p: p.write_text(json.dumps(before | {key: result}, indent=1) + "\n"))
+    text = "\n".join(f"## {name}\n\n{TABLES[name](r)}\n" for name, r in (before | {key: result}).items() if name in TABLES)
+    write_atomically(out / "evaluation.md", lambda p: p.write_text(text))
+    for name, picture in pictures.items():
+        picture.save(out / f"{name}.png")
+    print(TABLES[key](result))
+    print("-> " + ", ".join(map(str, (path, out / "evaluation.md", *(out / f"{name}.png" for name in pictures)))))
 
 
-def rate(right):
-    """A list of 0 and 1 -> its rate, n and interval; None where there is nothing to count."""
-    return dict(rate=round(sum(right) / len(right), 4), n=len(right), ci95=wilson(sum(right) / len(right), len(right))) if right else None
-
-
-def between(r):
-    return f"{r['ci95'][0]:.3f} to {r['ci95'][1]:.3f}"
-
-
-def said(f):
-    return (f"Colour and shape as the caption says: base {f['base']['rate']:.3f} (n = {f['base']['n']}), "
-            f"personalised {f['ppd']['rate']:.3f} (n = {f['ppd']['n']}).")
-
-
-def rewards(args):
-    """Sec. 5.1, Table 1: synthetic people, each a reward; mean reward and win rate over the base on --prompts or the held-out
-    captions. On the drawn world also whether the caption's colour and shape are there."""
-    adapter = UserAdapter.load(args.adapter)
-    users = Path(args.users or adapter.header.get("users", "users"))
-    pairs, _ = read_pairs(users)
-    if (unknown := {r["user"] for r in pairs} - tiny.WORDS.keys() - REWARDS.keys()):
-        raise BadInput(f"--users {users}: {sorted(unknown)[0]!r} is no reward; give a folder made by embed.py --one-hot")
-    names = sorted({r["user"] for r in pairs}, key=lambda name: load_user(users / f"{name}.pt")["embedding"].flatten().argmax().item())
-    captions = read_prompts(args.prompts) if args.prompts else sorted({r["caption"] for r in pairs if r["split"].startswith("test")})
-    if not captions:
-        raise BadInput(f"--users {users}: pairs.parquet has no held-out test caption; give --prompts")
-    base, n = load_base(args, adapter), args.n or (len(captions) if args.prompts else 200)
-    drawn = names[0] in tiny.WORDS
-    prompts, seeds = [captions[i % len(captions)] for i in range(n)], [args.seed + i for i in range(n)]
-    shown = min(n, len(captions), 12)  # rows of the sheet, the only place of the zero user
-    arms = dict(base=None, zero=standardised(adapter, "zero")) | {name: standardised(adapter, users / f"{name}.pt") for name in names}
-    scores, right, sheet = {}, {}, {}
-    for arm, person in arms.items():
-        scored, right[arm], sheet[arm] = {name: [] for name in names}, [], []
-        for i in range(0, shown if arm == "zero" else n, 4 * args.batch):  # scored as they come: all of them would not fit in memory
-            some = slice(i, min(i + 4 * args.batch, shown if arm == "zero" else n))
-            made = generate(base, prompts[some], seeds[some], adapter, person, args.batch, arm, steps=args.steps, guidance=args.guidance)
-            sheet[arm] += made[:max(0, shown - i)]
-            for name in names:
-                scored[name] += score(name, made, prompts[some], str(base.device)).tolist()
-            right[arm] += tiny.fidelity(made, prompts[some]) if drawn else []
-        scores[arm] = scored
-    results = dict(one_hot={name: compare(scores[name][name], scores["base"][name]) for name in names})
-    results |= {} if drawn else dict(reward_models={name: REWARDS[name][0] for name in names})
-    lines = ["| reward | win rate over base | 95% | n | " + " | ".join(f"mean, {arm}" for arm in ("base", *names)) + " |", "|---" * (5 + len(names)) + "|"]
-    for name, r in results["one_hot"].items():
-        lines.append(f"| {name if drawn else REWARDS[name][0]} | {r['win_rate']:.3f} | {between(r)} | {r['n']} | "
-                     + " | ".join(f"{sum(scores[arm][name]) / n:+.2f}" for arm in ("base", *names)) + " |")
-    if drawn:
-        results["fidelity"] = f = dict(base=rate(right["base"]), ppd=rate([r for name in names for r in right[name]]))
-        lines += ["", "Rewards are in standard deviations of the drawn pictures. " + said(f)]
-    report(args, results, "\n".join(lines), grid(list(zip(*sheet.values())), [c[:60] for c in prompts[:shown]], list(arms)), "rewards")
+# ------------------------------------------------------------------------------------------------ Fig. 5: drawn people
+def true_tastes(data):
+    """What drawn people truly like, from the data folder's people.json: a function from names to (B, 5) weights."""
+    if not (Path(data) / "people.json").is_file():
+        raise BadInput(f"--data: no {Path(data) / 'people.json'}; true tastes are known of drawn people only. Of others ask evaluate.py judge")
+    tastes = json.loads((Path(data) / "people.json").read_text())["tastes"]
+    return lambda names: torch.tensor([tastes[int(name)] for name in names])
 
 
 def held_out(users, pairs, seen, unseen):
@@ -171,6 +188,17 @@ def held_out(users, pairs, seen, unseen):
     return chosen
 
 
+def profiles_of(args, users, names, data):
+    """What the VLM writes of people's first group: the part after "User profile:"."""
+    files, rows = [load_user(users / f"{name}.pt") for name in names], {r["ranking_id"]: r for r in read_rows(data)}
+    vlm, texts = load_vlm(files[0]["vlm"], pick_device(args.device)), []
+    step = 50 if files[0]["vlm"] == "tiny" else 1
+    for i in tqdm(range(0, len(files), step), desc="writing profiles", leave=False, disable=None):
+        groups = [group_pictures(data, [rows[k] for k in file["shots"][0]]) for file in files[i:i + step]]
+        texts += read_people(vlm, groups, profile=True)[1]
+    return [" ".join(text.split("User profile:")[-1].split()).rstrip(".") for text in texts]
+
+
 def people(args):
     """Sec. 5.2: people whom the VLM read from four choices, seen and unseen, one held-out caption each; win rate and mean
     true reward (from people.json, which nothing else reads) over the base. Controls, for the unseen: another person's
@@ -181,10 +209,7 @@ def people(args):
     users = Path(args.users or adapter.header.get("users", "users"))
     pairs, settings = read_pairs(users)
     data = Path(args.data or settings["data"])
-    if not (data / "people.json").is_file():
-        raise BadInput(f"--data: no {data / 'people.json'}; true tastes are known of drawn people only. Of others ask evaluate.py judge")
-    truth = json.loads((data / "people.json").read_text())
-    taste = lambda names: torch.tensor([truth["tastes"][int(name)] for name in names])
+    taste, words = true_tastes(data), json.loads((data / "people.json").read_text())["words"]
     embedding = lambda names: torch.cat([standardised(adapter, users / f"{name}.pt") for name in names]).cpu()
     chosen = held_out(users, pairs, args.n or 200, args.n or 200)
     names = {kind: [r["user"] for r in rows] for kind, rows in chosen.items()}
@@ -194,39 +219,544 @@ def people(args):
     known = sorted({r["user"] for r in pairs if r["split"] == "train"})
     told, meant, own = embedding(known), taste(known), embedding(names["unseen"])
     likeness = ridge(meant, told)(taste(names["unseen"]))
-    cosine = torch.cosine_similarity(ridge(told, meant)(own), taste(names["unseen"]))
-    half = 1.96 * cosine.std() / len(cosine)**0.5
-    readout = dict(cosine=round(cosine.mean().item(), 4), n=len(cosine), ci95=[round((cosine.mean() + d).item(), 4) for d in (-half, half)])
     arms = {"seen base": ("seen", None), "seen": ("seen", embedding(names["seen"])), "unseen base": ("unseen", None), "unseen": ("unseen", own),
             "other_user": ("unseen", own.roll(1, 0)), "zero": ("unseen", torch.zeros_like(own)),
             "true_taste": ("unseen", likeness * own.norm() / likeness.norm())}
     made = {arm: generate(base, captions[kind], [args.seed + i for i in range(len(captions[kind]))], adapter, person, args.batch, arm,
                           steps=args.steps, guidance=args.guidance) for arm, (kind, person) in arms.items()}
     scores = {arm: tiny.utility(taste(names[kind]).numpy(), made[arm]) for arm, (kind, _) in arms.items()}
-    result = {arm: compare(scores[arm], scores[f"{kind} base"]) for arm, (kind, person) in arms.items() if person is not None}
-    own_over_other = compare(scores["unseen"], scores["other_user"])
+    result = dict(people={arm: compare(scores[arm], scores[f"{kind} base"]) for arm, (kind, person) in arms.items() if person is not None})
+    result["people"]["all"] = compare([*scores["seen"], *scores["unseen"]], [*scores["seen base"], *scores["unseen base"]])
+    result["own_over_other"] = compare(scores["unseen"], scores["other_user"])
+    result["readout"] = mean(torch.cosine_similarity(ridge(told, meant)(own), taste(names["unseen"])).tolist())
     everyone = captions["seen"] + captions["unseen"]
-    f = {arm: rate(tiny.fidelity(made[a] + made[b], everyone)) for arm, a, b in (("base", "seen base", "unseen base"), ("ppd", "seen", "unseen"))}
-    few_shot = dict(seen=result.pop("seen"), unseen=result.pop("unseen"), controls=result, own_over_other=own_over_other, readout=readout)
-    lines = ["| people | win rate over base | 95% | n | mean, base | mean, theirs |", "|---|---|---|---|---|---|"]
-    for name, r in dict(seen=few_shot["seen"], unseen=few_shot["unseen"], **result).items():
-        lines.append(f"| {name} | {r['win_rate']:.3f} | {between(r)} | {r['n']} | {r['mean_base']:+.2f} | {r['mean_user']:+.2f} |")
-    lines += ["", f"An unseen person's own embedding wins over another's in {own_over_other['win_rate']:.3f} ({between(own_over_other)}). "
-              f"Read-out of the true taste from it: cosine {readout['cosine']:.3f} ({between(readout)}).", said(f)]
+    result["fidelity"] = {arm: rate(tiny.fidelity(made[a] + made[b], everyone)) for arm, a, b in (("base", "seen base", "unseen base"), ("ppd", "seen", "unseen"))}
 
     shown = sorted(set(captions["unseen"]))[:8]  # the sheet: four people of each kind, what they like, what the VLM says of them
     some = names["seen"][:4] + names["unseen"][:4]
-    files = [load_user(users / f"{name}.pt") for name in some]
-    rows = {r["ranking_id"]: r for r in read_rows(data)}
-    shots = [group_pictures(data, [rows[i] for i in file["shots"][0]]) for file in files]
-    _, profiles = read_people(load_vlm(files[0]["vlm"], pick_device(args.device)), shots, profile=True)
     sheet = [generate(base, shown, [args.seed + i for i in range(len(shown))], adapter, person, steps=args.steps, guidance=args.guidance)
              for person in (None, *(embedding([name]) for name in some))]
-    labels = ["base"]
-    for i, (name, profile) in enumerate(zip(some, profiles)):
-        labels.append(f"{name}, {'seen' if i < len(names['seen'][:4]) else 'unseen'}\nlikes {', '.join(truth['words'][int(name)])}\n"
-                      f"VLM: {profile.split('User profile:')[-1].strip()[:40]}")
-    report(args, dict(few_shot=few_shot, fidelity=f), "\n".join(lines), grid(sheet, labels, shown), "people")
+    labels = ["base"] + [f"{name}, {'seen' if i < len(names['seen'][:4]) else 'unseen'}\nlikes {', '.join(words[int(name)])}\nVLM: {profile[:40]}"
+                         for i, (name, profile) in enumerate(zip(some, profiles_of(args, users, some, data)))]
+    report(args, result, dict(people=grid(sheet, labels, shown)))
+
+
+def people_table(result):
+    titles = dict(seen="seen", unseen="unseen", all="all", other_user="unseen, by another's embedding", zero="unseen, by the zero user",
+                  true_taste="unseen, by their true taste")
+    table = ["| people | win rate over base | 95% | n | true reward, base | true reward, theirs |", "|---|---|---|---|---|---|"]
+    for name, title in titles.items():
+        r = result["people"][name]
+        table.append(f"| {title} | {r['win_rate']:.3f} | {between(r)} | {r['n']} | {r['mean_base']:+.2f} | {r['mean_user']:+.2f} |")
+    other, readout = result["own_over_other"], result["readout"]
+    return "\n".join(table + ["", f"An unseen person's own embedding wins over another's in {other['win_rate']:.3f} ({between(other)}, n = {other['n']}). "
+                                  f"Read-out of the true taste from it: cosine {readout['mean']:.3f} ({between(readout)}). " + said(result["fidelity"])])
+
+
+def ridge(x, y, strength=10.0):
+    """Ridge regression of y on x with an intercept -> a function from x to y."""
+    fill = lambda x: torch.cat([x, torch.ones(len(x), 1)], 1)
+    solution = torch.linalg.solve(fill(x).T @ fill(x) + strength * torch.eye(x.shape[1] + 1), fill(x).T @ y)
+    return lambda x: fill(x) @ solution
+
+
+# ------------------------------------------------------------------------- Table 1, Fig. 3 and 4: synthetic people
+def script(name, *flags):
+    """Run another script of this folder; its output is shown."""
+    command = [sys.executable, str(Path(__file__).resolve().with_name(name)), *map(str, flags)]
+    if (code := subprocess.run(command).returncode) != 0:
+        raise BadInput(f"{name} {' '.join(map(str, flags))} ended with exit status {code}")
+
+
+def of_the_same(settings):
+    """Flags of embed.py for the same data and splits as another folder's."""
+    return [v for k in ("data", "validation_captions", "test_captions", "unseen_users") for v in (f"--{k.replace('_', '-')}", settings[k])]
+
+
+def baseline(args, adapter, name, users, *flags):
+    """The adapter --baselines/<name>; unless it is there, train.py trains it for as long and with the same settings as `adapter`."""
+    folder, h = Path(args.baselines) / name, adapter.header
+    if not (folder / "adapter.safetensors").exists() or UserAdapter.load(folder).header["step"] < h["step"]:
+        same = {f"--{key.replace('_', '-')}": h[key] for key in ("base", "beta", "seed", "tokens", "token_dim", "grid") if key in h}
+        script("train.py", "--users", users, "--out", folder, "--max-steps", h["step"], *itertools.chain(*same.items()), "--decoder", args.decoder,
+               "--dtype", args.dtype, "--device", args.device, "--preview-every", 0, "--resume", *flags)
+    return UserAdapter.load(folder)
+
+
+def synthetic(args):
+    """An adapter for synthetic people -> it, their folder, names and standardised embeddings, the base, --n prompts and seeds."""
+    adapter = UserAdapter.load(args.adapter)
+    users = Path(args.users or adapter.header.get("users", "users"))
+    pairs, _ = read_pairs(users)
+    if (unknown := {r["user"] for r in pairs} - tiny.WORDS.keys() - REWARDS.keys()):
+        raise BadInput(f"--users {users}: {sorted(unknown)[0]!r} is no reward; give a folder made by embed.py --one-hot")
+    names = sorted({r["user"] for r in pairs}, key=lambda name: load_user(users / f"{name}.pt")["embedding"].flatten().argmax().item())
+    captions = read_prompts(args.prompts) if args.prompts else sorted({r["caption"] for r in pairs if r["split"].startswith("test")})
+    if not captions:
+        raise BadInput(f"--users {users}: pairs.parquet has no held-out test caption; give --prompts")
+    n = args.n or (64 if args.command == "interpolate" else len(captions) if args.prompts else 200)
+    prompts, seeds = [captions[i % len(captions)] for i in range(n)], [args.seed + i for i in range(n)]
+    return adapter, users, names, {name: standardised(adapter, users / f"{name}.pt") for name in names}, load_base(args, adapter), prompts, seeds
+
+
+def rewards(args):
+    """Sec. 5.1, Table 1, Fig. 3: synthetic people, each a reward; mean rewards and win rates on --prompts or the held-out
+    captions. With --baselines also Diffusion-DPO on people's own labels, SFT that sees the user, and a Diffusion-DPO of its
+    own for each reward, the upper bound. On the drawn world also whether the caption's colour and shape are there."""
+    adapter, users, names, person, base, prompts, seeds = synthetic(args)
+    drawn, n, zero = names[0] in tiny.WORDS, len(prompts), standardised(adapter, "zero")
+    methods = {"base": {"": (adapter, None)}, "PPD": {name: (adapter, person[name]) for name in names}}
+    if args.baselines:
+        _, settings = read_pairs(users)
+        own = users.with_name(users.name + "-own")
+        script("embed.py", "--one-hot", "own", "--users", own, *of_the_same(settings))
+        dpo, sft = baseline(args, adapter, "dpo", own, "--objective", "dpo"), baseline(args, adapter, "sft", users, "--objective", "sft")
+        upper = {name: baseline(args, adapter, f"dpo-{name}", users, "--objective", "dpo", "--only", name) for name in names}
+        methods = {"base": methods["base"], "Diffusion-DPO": {"": (dpo, torch.zeros_like(dpo.mean)[None])}, "SFT": {name: (sft, person[name]) for name in names},
+                   "PPD": methods["PPD"], "one Diffusion-DPO a reward": {name: (upper[name], zero) for name in names}}
+    shown = min(n, len(set(prompts)), 12)  # rows of the sheet, where the zero user is too
+    methods["zero user"] = {"": (adapter, zero)}
+    scores, right, sheet = {}, {method: [] for method in methods}, {}
+    for method, arm, (own, someone) in [(method, arm, how) for method, arms in methods.items() for arm, how in arms.items()]:
+        own.install(base.prior)
+        count, key = shown if method == "zero user" else n, (method, arm)
+        scores[key], sheet[key] = {name: [] for name in names}, []
+        for i in range(0, count, 4 * args.batch):  # scored as they come: all of them would not fit in memory
+            some = slice(i, min(i + 4 * args.batch, count))
+            made = generate(base, prompts[some], seeds[some], own, someone, args.batch, f"{method} {arm}", steps=args.steps, guidance=args.guidance)
+            sheet[key] += made[:max(0, shown - i)]
+            for name in names:
+                scores[key][name] += score(name, made, prompts[some], str(base.device)).tolist()
+            right[method] += tiny.fidelity(made, prompts[some]) if drawn else []
+    of = lambda method, name: scores.get((method, name), scores.get((method, "")))[name]
+    result = dict(rewards={name: compare(of("PPD", name), of("base", name)) for name in names},
+                  means={arm or "base": {name: mean(scores["PPD" if arm else "base", arm][name]) for name in names} for arm in ("", *names)},
+                  first={method: {name: np.round(of(method, name)[:12], 3).tolist() for name in names} for method in methods})  # for a test to score again
+    result |= dict(fidelity=dict(base=rate(right["base"]), ppd=rate(right["PPD"]))) if drawn else dict(models={name: REWARDS[name][0] for name in names})
+    columns = {"base": sheet["base", ""], "zero": sheet["zero user", ""]} | {name: sheet["PPD", name] for name in names}
+    pictures = dict(rewards=grid(list(zip(*columns.values())), [c[:60] for c in prompts[:shown]], list(columns)))
+    if args.baselines:
+        compared = [method for method in methods if method != "zero user"]
+        result["table_1"] = {method: {name: mean(of(method, name)) for name in names} | ({"fidelity": rate(right[method])} if drawn else {}) for method in compared}
+        result["figure_3"] = {name: {method: compare(of("PPD", name), of(method, name)) for method in compared if method != "PPD"} for name in names}
+        series = {f"over {method}": [(r["win_rate"], r["ci95"]) for r in (result["figure_3"][name][method] for name in names)] for method in compared if method != "PPD"}
+        pictures["figure_3"] = bars("PPD's win rate, with 95% intervals", names, series, "win rate")
+        short = {"base": "base", "Diffusion-DPO": "DPO", "SFT": "SFT", "PPD": "PPD", "one Diffusion-DPO a reward": "own DPO"}
+        columns = {f"{short[method]}\n{arm}": sheet[method, arm] for method in compared for arm in methods[method]}
+        pictures["table_1"] = grid(list(zip(*columns.values())), [c[:60] for c in prompts[:shown]], list(columns), 72)
+    report(args, result, pictures)
+
+
+def rewards_table(result):
+    names = list(result["rewards"])
+    title = lambda name: result["models"][name] if "models" in result else name
+    table = ["| reward | win rate over base | 95% | n | " + " | ".join(f"mean, {arm}" for arm in result["means"]) + " |", "|---" * (5 + len(names)) + "|"]
+    for name, r in result["rewards"].items():
+        means = " | ".join(f"{m[name]['mean']:+.2f}" for m in result["means"].values())
+        table.append(f"| {title(name)} | {r['win_rate']:.3f} | {between(r)} | {r['n']} | {means} |")
+    if "fidelity" in result:
+        table += ["", "Rewards are in standard deviations of the drawn pictures. " + said(result["fidelity"])]
+    if "table_1" in result:
+        faithful = "fidelity" in result
+        table += ["", "| Table 1: mean reward | " + " | ".join(map(title, names)) + (" | colour and shape" if faithful else "") + " |", "|---" * (1 + len(names) + faithful) + "|"]
+        for method, r in result["table_1"].items():
+            kept = f" | {r['fidelity']['rate']:.3f} ({between(r['fidelity'])})" if faithful else ""
+            table.append(f"| {method} | " + " | ".join(give(r[name]) for name in names) + kept + " |")
+        table += ["", "| Fig. 3: PPD's win rate | " + " | ".join(map(title, names)) + " |", "|---" * (1 + len(names)) + "|"]
+        for method in result["figure_3"][names[0]]:
+            cells = (result["figure_3"][name][method] for name in names)
+            table.append(f"| over {method} | " + " | ".join(f"{r['win_rate']:.3f} ({between(r)})" for r in cells) + " |")
+    return "\n".join(table)
+
+
+def interpolate(args):
+    """Fig. 4, and the claim that ends Sec. 5.1: of an adapter for three rewards the simplex of their weights, of one for
+    people couples of unseen people."""
+    _, settings = read_pairs(args.users or UserAdapter.load(args.adapter).header.get("users", "users"))
+    (simplex if settings["one_hot"] else couples)(args)
+
+
+def simplex(args):
+    """Fig. 4: weights of three rewards, 11 along each edge and the corners of a grid of fifths inside; the mean score of --n
+    pictures each, with the same captions and noise everywhere."""
+    adapter, _, names, person, base, prompts, seeds = synthetic(args)
+    if len(names) != 3:
+        raise BadInput(f"--adapter {args.adapter}: {len(names)} rewards; the triangle wants three")
+    points = [(i, j, 10 - i - j) for i in range(11) for j in range(11 - i) if 0 in (i, j, 10 - i - j) or not (i % 2 or j % 2)]
+    scores, first = {}, {}
+    for point in tqdm(points, desc="weights", unit="point", disable=None):
+        someone = sum(w / 10 * person[name] for w, name in zip(point, names))
+        made = generate(base, prompts, seeds, adapter, someone, args.batch, steps=args.steps, guidance=args.guidance)
+        scores[point], first[point] = np.stack([score(name, made, prompts, str(base.device)) for name in names]), made[0]
+    edges = []
+    for a, b in itertools.combinations(range(3), 2):
+        along = [tuple({a: 10 - w, b: w}.get(k, 0) for k in range(3)) for w in range(11)]
+        for k, weights in ((a, range(10, -1, -1)), (b, range(11))):
+            of = np.stack([scores[point][k] for point in along])
+            edges.append(dict(edge=[names[a], names[b]], reward=names[k], mean=of.mean(1).round(4).tolist(), **spearman(np.array(weights), of)))
+    result = dict(edges=edges, map=[dict(weights=dict(zip(names, np.array(p) / 10)), means=dict(zip(names, scores[p].mean(1).round(4).tolist()))) for p in points])
+    fifths = [p for p in points if not (p[0] % 2 or p[1] % 2)]
+    pictures = [triangle(f"\"{prompts[0]}\", by weights", names, {p: first[p] for p in fifths})]
+    pictures += [triangle(f"mean {name}", names, {p: float(scores[p][k].mean()) for p in fifths}) for k, name in enumerate(names)]
+    low, high = math.floor(min(min(e["mean"]) for e in edges)), math.ceil(max(max(e["mean"]) for e in edges))
+    charts = [lines(f"from {pair[0]['edge'][0]} to {pair[0]['edge'][1]}", [f"{w / 10:g}" for w in range(11)], {e["reward"]: e["mean"] for e in pair},
+                    "mean score", low, high) for pair in zip(edges[::2], edges[1::2])]
+    report(args, result, dict(figure_4=beside([beside([beside(pictures[:2]), beside(pictures[2:])], down=True), beside(charts, down=True)])))
+
+
+def triangle(title, names, of, side=380, cell=58):
+    """The simplex of three weights, (i, j, k) of sum 10 -> a picture, or a number shown by a colour and in digits."""
+    sheet = Image.new("RGB", (side + 140, side + 60), "white")
+    pen, font = ImageDraw.Draw(sheet), lambda size: ImageFont.load_default(size=size)
+    pen.text((sheet.width / 2, 14), title, "black", font(15), anchor="mm")
+    corner = [(70, side + 8), (side + 70, side + 8), (side / 2 + 70, side + 8 - side * 0.75**0.5)]
+    numbers = [v for v in of.values() if isinstance(v, float)]
+    shades = np.array([(0, 34, 78), (87, 93, 109), (165, 156, 116), (254, 232, 56)])  # dark blue to yellow, light rising: cividis
+    for point, value in of.items():
+        x, y = (sum(w / 10 * c[axis] for w, c in zip(point, corner)) for axis in (0, 1))
+        if isinstance(value, float):
+            t = 3 * (value - min(numbers)) / max(max(numbers) - min(numbers), 1e-9)
+            shade = [float(np.interp(t, range(4), shades[:, c])) for c in range(3)]
+            pen.ellipse((x - cell / 2, y - cell / 2, x + cell / 2, y + cell / 2), tuple(map(round, shade)))
+            pen.text((x, y), f"{value:+.2f}", "white" if sum(shade) < 380 else "black", font(14), anchor="mm")
+        else:
+            sheet.paste(value.resize((cell, cell), Image.BICUBIC), (round(x - cell / 2), round(y - cell / 2)))
+    for (x, y), name, down in zip(corner, names, (1, 1, -1)):
+        pen.text((x, y + down * (cell / 2 + 10)), name, "black", font(14), anchor="mm")
+    return sheet
+
+
+def couples(args):
+    """Sec. 5.1's claim for people: --n couples of unseen people, one blended into the other in ten steps, and both true
+    rewards of the pictures, with the same captions and noise throughout."""
+    adapter = UserAdapter.load(args.adapter)
+    users = Path(args.users or adapter.header.get("users", "users"))
+    pairs, settings = read_pairs(users)
+    taste, n = true_tastes(args.data or settings["data"]), args.n or 64
+    rows = held_out(users, pairs, 2, 2 * n)["unseen"]
+    n = len(rows) // 2
+    a, b, captions = [r["user"] for r in rows[:n]], [r["user"] for r in rows[n:2 * n]], [r["caption"] for r in rows[:n]]
+    base, weights, seeds = load_base(args, adapter), np.arange(11) / 10, [args.seed + i for i in range(n)]
+    one, other = (torch.cat([standardised(adapter, users / f"{name}.pt") for name in names]) for names in (a, b))
+    scores, made = dict(one=[], other=[]), []
+    for w in tqdm(weights, desc="weights", disable=None):
+        made.append(generate(base, captions, seeds, adapter, (1 - w) * one + w * other, args.batch, steps=args.steps, guidance=args.guidance))
+        for who, names in (("one", a), ("other", b)):
+            scores[who].append(tiny.utility(taste(names).numpy(), made[-1]))
+    result = {who: dict(mean=[mean(s) for s in scores[who]], gained=mean(sign * (scores[who][-1] - scores[who][0])),
+                        **spearman(sign * weights, np.stack(scores[who]))) for who, sign in (("one", -1), ("other", 1))}
+    series = {f"true reward of {title}": [(m["mean"], m["ci95"]) for m in result[who]["mean"]] for who, title in (("one", "the one"), ("other", "the other"))}
+    span = [v for line in series.values() for _, ci in line for v in ci]
+    chart = lines(f"{n} couples of unseen people, one blended into the other", [f"{w:g}" for w in weights], series, "mean true reward", min(span) - 0.05, max(span) + 0.05)
+    words = json.loads((Path(args.data or settings["data"]) / "people.json").read_text())["words"]
+    far = sorted(range(n), key=lambda i: float(taste([a[i]])[0] @ taste([b[i]])[0]))[:6]  # the couples least alike
+    labels = [f"{captions[i]}\n{', '.join(words[int(a[i])])} -> {', '.join(words[int(b[i])])}" for i in far]
+    report(args, result, dict(couples=beside([chart, grid([[p[i] for p in made] for i in far], labels, [f"{w:g}" for w in weights], 56)], down=True)), "couples")
+
+
+def interpolate_table(result):
+    table = ["| edge | score | Spearman of its weight and its mean | 95% | n | mean at weight 0 | at 1 |", "|---|---|---|---|---|---|---|"]
+    for e in result["edges"]:
+        ends = e["mean"] if e["reward"] == e["edge"][1] else e["mean"][::-1]
+        table.append(f"| {e['edge'][0]} to {e['edge'][1]} | {e['reward']} | {e['spearman']:.3f} | {between(e)} | {e['n']} | {ends[0]:+.2f} | {ends[-1]:+.2f} |")
+    return "\n".join(table)
+
+
+def couples_table(result):
+    table = ["| couples of unseen people | Spearman of weight and mean true reward | 95% | n | true reward gained from one end to the other |", "|---|---|---|---|---|"]
+    return "\n".join(table + [f"| the {who} | {result[who]['spearman']:.3f} | {between(result[who])} | {result[who]['n']} | {give(result[who]['gained'])} |" for who in ("one", "other")])
+
+
+# --------------------------------------------------------------------------------- Fig. 2: who is this embedding?
+TOP = (1, 2, 4, 8, 16)
+
+
+def classify(args):
+    """Fig. 2: a classifier from a frozen embedding of one four-shot group to the person, by the VLM's layer, read after the
+    prompt (--users) and after a written profile (--profile-users). One group a person is for the test, one to choose the
+    epoch; a group that shares a picture with either trains nothing (the winner of a pair stays on screen, so many would).
+    On the drawn world also two ceilings, as few distinct tastes exist: who knows the true taste, and who reads the four
+    choices perfectly, can do no better than guess among people of the same taste."""
+    users = Path(args.users)
+    pairs, settings = read_pairs(users)
+    data = Path(args.data or settings["data"])
+    pictures = {r["ranking_id"]: {r["image_0_uid"], r["image_1_uid"]} for r in read_rows(data)}
+    files, kept = {}, {}
+    for name in sorted({r["user"] for r in pairs}, key=lambda name: share("classify", name)):
+        files[name] = load_user(users / f"{name}.pt")
+        shown = [set().union(*(pictures[k] for k in group)) for group in files[name]["shots"]]
+        clean = [g for g in range(2, len(shown)) if not shown[g] & (shown[0] | shown[1])] if len(shown) >= 10 and not shown[0] & shown[1] else []
+        if clean and len(kept) < (args.n or 300):
+            kept[name] = clean
+    if len(kept) < 20:
+        raise BadInput(f"--users {users}: {len(kept)} people with ten groups or more; expected at least 20. Embed with --groups 20 --layer all")
+    names, result = list(kept), dict(people=len(kept), groups=sum(map(len, kept.values())), states={})
+    print(f"{len(names)} people; {result['groups']} groups to train on, one a person to choose the epoch, one to test")
+    for kind, folder in (("prompt", users), ("profile", args.profile_users)):
+        if folder:
+            every = [files[name] if folder is users else load_user(Path(folder) / f"{name}.pt") for name in names]
+            for name, file in zip(names, every):
+                if file["shots"] != files[name]["shots"]:
+                    raise BadInput(f"--profile-users {folder}: person {name} was read from other choices than in {users}")
+            for layer in tqdm(range(every[0]["embedding"].shape[1]), desc=f"classifiers, {kind}", disable=None):
+                x = [file["embedding"][:, layer] for file in every]
+                ranks = classifier(torch.cat([e[kept[name]] for e, name in zip(x, names)]), torch.tensor([i for i, name in enumerate(names) for _ in kept[name]]),
+                                   torch.stack([e[1] for e in x]), torch.stack([e[0] for e in x]), args.seed)
+                result["states"][f"{kind}, layer {layer}"] = {str(k): rate((ranks < k).float().tolist()) for k in TOP}
+    result["chance"] = {str(k): k / len(names) for k in TOP}
+    if (data / "people.json").is_file():
+        weights, _, odds = tiny.all_tastes()
+        kind = torch.cdist(true_tastes(data)(names), torch.tensor(weights, dtype=torch.float32)).argmin(1).numpy()
+        of = {r["ranking_id"]: r for r in read_rows(data)}
+        shots = [[im for _, *both in group_pictures(data, [of[k] for k in files[name]["shots"][0]]) for im in both] for name in names]
+        z = (tiny.measure([im for pics in shots for im in pics]) - tiny.MEAN) / tiny.STD
+        likely = (tiny.believe(z.reshape(len(names), -1, 2, len(tiny.AXES))) / odds)[:, kind]  # of everybody, given these four choices
+        mine = likely.diagonal()[:, None]
+        above, same = (likely > mine * (1 + 1e-9)).sum(1), (np.abs(likely / mine - 1) <= 1e-9).sum(1)
+        crowd = (kind[:, None] == kind).sum(1)
+        result["ceilings"] = {"a perfect reader of the four choices": {str(k): rate(np.clip((k - above) / same, 0, 1).tolist()) for k in TOP},
+                              "the true taste": {str(k): rate(np.minimum(1, k / crowd).tolist()) for k in TOP}}
+    with_ci = lambda row: [(row[str(k)]["rate"], row[str(k)]["ci95"]) for k in TOP]
+    states = result["states"]
+    last = {kind: [key for key in states if key.startswith(kind)] for kind in ("prompt", "profile")}
+    series = {f"{kind}, last layer": with_ci(states[keys[-1]]) for kind, keys in last.items() if keys}
+    series |= {title: [row[str(k)]["rate"] for k in TOP] for title, row in result.get("ceilings", {}).items()} | {"chance": list(result["chance"].values())}
+    by_layer = {f"after the {kind}": [(states[key]["16"]["rate"], states[key]["16"]["ci95"]) for key in keys] for kind, keys in last.items() if keys}
+    layers = range(len(last["prompt"]))
+    by_layer["chance"] = [result["chance"]["16"]] * len(layers)
+    report(args, result, dict(figure_2=beside([lines(f"Which of {len(names)} people? Top k of the classifier", [f"k = {k}" for k in TOP], series, "accuracy"),
+                                               lines("Top 16 by layer (0: the embedded last token)", layers, by_layer, "accuracy", high=math.ceil(10 * max(row["16"]["ci95"][1] for row in states.values())) / 10)])))
+
+
+def classifier(x, who, check, test, seed, epochs=60):
+    """An MLP from embeddings (N, D) to people (N,), at its best epoch on `check` -> rank (0 is first) of everybody's own
+    name for their embedding in `test`; check and test: (people, D) in the people's order."""
+    torch.manual_seed(seed)
+    average, spread = x.mean(0), x.std(0).clamp(min=1e-6)
+    x, check, test = ((v - average) / spread for v in (x, check, test))
+    mlp = nn.Sequential(nn.Linear(x.shape[1], 256), nn.GELU(), nn.LayerNorm(256), nn.Dropout(0.3), nn.Linear(256, len(test)))
+    optimizer, best, own = torch.optim.AdamW(mlp.parameters(), lr=1e-3, weight_decay=1e-2), (math.inf, None), torch.arange(len(test))
+    for _ in range(epochs):
+        mlp.train()
+        for batch in torch.randperm(len(x)).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(mlp(x[batch]), who[batch], label_smoothing=0.1).backward()
+            optimizer.step()
+        mlp.eval()
+        with torch.no_grad():
+            loss = nn.functional.cross_entropy(mlp(check), own).item()
+            if loss < best[0]:
+                logits = mlp(test)
+                best = loss, (logits > logits[own, own][:, None]).sum(1)
+    return best[1]
+
+
+def classify_table(result):
+    cell = lambda r: f"{r['rate']:.3f} ({between(r)})"
+    table = [f"| embedding, {result['people']} people | " + " | ".join(f"top {k}" for k in TOP) + " |", "|---" * (1 + len(TOP)) + "|",
+             "| chance | " + " | ".join(f"{v:.3f}" for v in result["chance"].values()) + " |"]
+    for name, row in (result["states"] | result.get("ceilings", {})).items():
+        table.append(f"| {name} | " + " | ".join(map(cell, row.values())) + " |")
+    return "\n".join(table)
+
+
+# ---------------------------------------------------------------------------- Fig. 6: the profile in words instead
+def profiles(args):
+    """Fig. 6: the profile that the VLM writes of unseen people, appended to the caption, against PPD: base, Diffusion-DPO (in
+    --baselines), both again with the profile, PPD; one held-out caption a person. Win rate and true reward where the truth is
+    known, and how much of the caption is kept: its colour and shape on the drawn world, else the CLIP score."""
+    adapter = UserAdapter.load(args.adapter)
+    users = Path(args.users or adapter.header.get("users", "users"))
+    pairs, settings = read_pairs(users)
+    data = Path(args.data or settings["data"])
+    rows = held_out(users, pairs, 2, args.n or 200)["unseen"]
+    names, captions, drawn = [r["user"] for r in rows], [r["caption"] for r in rows], (data / "people.json").is_file()
+    written = profiles_of(args, users, names, data)
+    worded, seeds = [f"{caption}, {text}" for caption, text in zip(captions, written)], [args.seed + i for i in range(len(rows))]
+    dpo, base = baseline(args, adapter, "dpo", users, "--objective", "dpo"), load_base(args, adapter)
+    own, everybody = torch.cat([standardised(adapter, users / f"{name}.pt") for name in names]), torch.zeros_like(dpo.mean)[None]
+    arms = {"base": (captions, adapter, None), "base, profile in the caption": (worded, adapter, None), "Diffusion-DPO": (captions, dpo, everybody),
+            "Diffusion-DPO, profile in the caption": (worded, dpo, everybody), "PPD": (captions, adapter, own)}
+    made = {}
+    for arm, (prompts, which, person) in arms.items():
+        which.install(base.prior)
+        made[arm] = generate(base, prompts, seeds, which, person, args.batch, arm, steps=args.steps, guidance=args.guidance)
+    if drawn:
+        taste, words = true_tastes(data)(names).numpy(), json.loads((data / "people.json").read_text())["words"]
+        scores = {arm: tiny.utility(taste, pictures) for arm, pictures in made.items()}
+        kept = {arm: dict(fidelity=rate(tiny.fidelity(pictures, captions))) for arm, pictures in made.items()}
+        result = dict(arms={arm: compare(scores[arm], scores["base"]) | kept[arm] for arm in arms}, over={
+            arm: compare(scores["PPD"], scores[arm]) for arm in arms if arm != "PPD"})
+        like = lambda i: f"likes {', '.join(words[int(names[i])])}\n"
+    else:
+        result = dict(arms={arm: dict(clip=mean(score("clip", pictures, captions, str(base.device)))) for arm, pictures in made.items()})
+        like = lambda i: ""
+    result["profiles"] = dict(zip(names[:8], written))
+    labels = [f"{captions[i][:60]}\n{like(i)}VLM: {written[i][:60]}" for i in range(min(8, len(rows)))]
+    sheet = grid([[made[arm][i] for arm in arms] for i in range(len(labels))], labels, [arm.replace(", profile in the caption", "\n+ profile") for arm in arms])
+    report(args, result, dict(figure_6=sheet))
+
+
+def profiles_table(result):
+    if "over" not in result:
+        return "\n".join(["| method | CLIP score with the caption |", "|---|---|"] + [f"| {arm} | {give(r['clip'])} |" for arm, r in result["arms"].items()])
+    table = ["| method | win rate over base | 95% | true reward | colour and shape | 95% | PPD's win rate over it | 95% | n |", "|---|---|---|---|---|---|---|---|---|"]
+    for arm, r in result["arms"].items():
+        won = f"{r['win_rate']:.3f} | {between(r)}" if arm != "base" else "- | -"
+        lost = f"{result['over'][arm]['win_rate']:.3f} | {between(result['over'][arm])}" if arm != "PPD" else "- | -"
+        table.append(f"| {arm} | {won} | {r['mean_user']:+.2f} | {r['fidelity']['rate']:.3f} | {between(r['fidelity'])} | {lost} | {r['n']} |")
+    return "\n".join(table)
+
+
+# ------------------------------------------------------------------------------------------------------- ablations
+ABLATIONS = {  # one change at a time from the default: what it is called, and the flags that make it
+    "default": [],
+    "1 user token": ["--tokens", "1"],
+    "projector without biases": ["--bias-free"],
+    "no user drop": ["--user-drop", "0"],
+    "separate noise": ["--noise", "separate"],
+    "1 shot": [],
+    "10 training people": [],
+    "100 training people": [],
+    "beta 0.1": ["--beta", "0.1"],
+    "beta 2": ["--beta", "2"],
+}
+SEEDS = (0, 1, 2)
+
+
+def ablations(args):
+    """What the paper leaves open: every change of ABLATIONS trained for --train-steps with three seeds, and scored on unseen
+    people against the default with the same people, captions and noise. Finished runs in --out are not repeated and a killed
+    one goes on. An interval is over people, a person's value being their mean over the seeds; seeds are listed beside it."""
+    users, out = Path(args.users), Path(args.out)
+    pairs, settings = read_pairs(users)
+    truth = true_tastes(args.data or settings["data"])
+    one_shot = users.with_name(users.name + "-1shot")
+    script("embed.py", "--vlm", settings["vlm"], "--shots", 1, "--users", one_shot, *of_the_same(settings))
+    rows = held_out(users, pairs, 2, args.n or 100)["unseen"]
+    names, captions = [r["user"] for r in rows], [r["caption"] for r in rows]
+    taste, noise = truth(names).numpy(), [args.seed + i for i in range(len(names))]
+    known = sorted({r["user"] for r in pairs if r["split"] == "train"}, key=lambda name: share("ablation", name))
+    base = untouched = None
+    values = {}
+    for (change, flags), seed in itertools.product(ABLATIONS.items(), SEEDS):
+        folder = out / f"{change.replace(' ', '-')}-{seed}"
+        people, some = one_shot if change == "1 shot" else users, known[:int(change.split()[0])] if "training people" in change else None
+        if not (folder / "scores.json").exists():
+            script("train.py", "--users", people, "--out", folder, "--seed", seed, "--max-steps", args.train_steps, "--log-every", 50, "--preview-every", 0,
+                   "--dtype", args.dtype, "--resume", *flags, *(["--only", *some] if some else []))
+            adapter = UserAdapter.load(folder)
+            base = load_base(args, adapter)
+            draw = lambda person, desc: generate(base, captions, noise, adapter, person, args.batch, desc, steps=args.steps, guidance=args.guidance)
+            if untouched is None:
+                untouched = tiny.utility(taste, draw(None, "base"))
+            own = torch.cat([standardised(adapter, people / f"{name}.pt") for name in names])
+            mine, others = draw(own, folder.name), draw(own.roll(1, 0), folder.name)
+            scores = dict(settings=[names, args.seed, args.train_steps, args.dtype], base=untouched.tolist(), own=tiny.utility(taste, mine).tolist(),
+                          other=tiny.utility(taste, others).tolist(), fidelity=tiny.fidelity(mine, captions))
+            write_atomically(folder / "scores.json", lambda path: path.write_text(json.dumps(scores)))
+        scores = json.loads((folder / "scores.json").read_text())
+        if scores["settings"] != [names, args.seed, args.train_steps, args.dtype]:
+            raise BadInput(f"{folder}/scores.json is of other people, steps, --seed or --dtype; move it away or choose another --out")
+        values[change, seed] = {k: np.array(v) for k, v in scores.items() if k != "settings"}
+    together = lambda change, of: np.stack([of(values[change, seed]) for seed in SEEDS])
+    gain, result = lambda v: v["own"] - v["base"], {}
+    for change in ABLATIONS:
+        gains = together(change, gain)
+        result[change] = dict(win_rate=mean(together(change, lambda v: wins(v["own"], v["base"])).mean(0)),
+                              own_over_other=mean(together(change, lambda v: wins(v["own"], v["other"])).mean(0)),
+                              gain=mean(gains.mean(0)), against_default=mean((gains - together("default", gain)).mean(0)),
+                              gain_by_seed=gains.mean(1).round(3).tolist(), fidelity=rate(together(change, lambda v: v["fidelity"]).flatten().tolist()))
+    report(args, dict(changes=result), {})
+
+
+def ablations_table(result):
+    lines = ["| change | win rate over base | own over another's | reward gained | by seed | against the default | colour and shape |", "|---|---|---|---|---|---|---|"]
+    for change, r in result["changes"].items():
+        against = "" if change == "default" else f"{r['against_default']['mean']:+.2f} ({between(r['against_default'], '+.2f')})"
+        lines.append(f"| {change} | {r['win_rate']['mean']:.3f} ({between(r['win_rate'])}) | {r['own_over_other']['mean']:.3f} ({between(r['own_over_other'])}) | "
+                     f"{r['gain']['mean']:+.2f} | {', '.join(f'{g:+.2f}' for g in r['gain_by_seed'])} | {against} | {r['fidelity']['rate']:.3f} |")
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------------------ charts
+INK = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe and Ito's, told apart by everybody
+
+
+def axes(title, across, low, high, label, names, wide=520, tall=340):
+    """An empty chart: names of its x positions, the range and label of y, its series -> picture, pen, and a function from
+    (x position, y) to pixels. Series are told apart by colour and by mark."""
+    chart = Image.new("RGB", (wide, tall), "white")
+    pen, font = ImageDraw.Draw(chart), lambda size: ImageFont.load_default(size=size)
+    pen.text((wide / 2, 14), title, "black", font(15), anchor="mm")
+    x, y = 60, 34  # the legend, row by row
+    for i, name in enumerate(names):
+        if (width := font(13).getlength(name) + 26) + x > wide - 5:
+            x, y = 60, y + 17
+        mark(pen, i, x + 6, y)
+        pen.text((x + 15, y), name, "black", font(13), anchor="lm")
+        x += width
+    left, right, top, bottom = 60, wide - 12, y + 18, tall - 16 - 15 * max(str(name).count("\n") + 1 for name in across)
+    place = lambda x, y: (left + (right - left) * (x + 0.5) / len(across), bottom - (bottom - top) * (y - low) / (high - low))
+    step = 10 ** math.floor(math.log10((high - low) / 2))
+    step *= next(k for k in (1, 2, 5, 10) if (high - low) / (step * k) <= 6)
+    for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1):
+        height = place(0, k * step)[1]
+        pen.line((left, height, right, height), "#888888" if k == 0 else "#dddddd")
+        pen.text((left - 5, height), f"{k * step:g}", "black", font(12), anchor="rm")
+    for i, name in enumerate(across):
+        pen.multiline_text((place(i, low)[0], bottom + 5), str(name), "black", font(12), anchor="ma", align="center")
+    side = Image.new("L", (bottom - top, 18), 255)
+    ImageDraw.Draw(side).text(((bottom - top) / 2, 9), label, 0, font(13), anchor="mm")
+    chart.paste(side.rotate(90, expand=True), (2, top))
+    return chart, pen, place
+
+
+def mark(pen, i, x, y, r=4):
+    """The i-th series' mark: a circle, a square, a triangle, a diamond, in turn."""
+    shapes = ([(x - r, y - r), (x + r, y - r), (x + r, y + r), (x - r, y + r)], [(x, y - r - 1), (x + r + 1, y + r), (x - r - 1, y + r)],
+              [(x, y - r - 2), (x + r + 2, y), (x, y + r + 2), (x - r - 2, y)])
+    if i % 4 == 0:
+        pen.ellipse((x - r, y - r, x + r, y + r), INK[i % len(INK)])
+    else:
+        pen.polygon(shapes[i % 4 - 1], INK[i % len(INK)])
+
+
+def bars(title, across, series, label, low=0.0, high=1.0, line=0.5):
+    """A bar chart. series: {name: [(value, (from, to)), ...]}, one a position of `across`."""
+    chart, pen, place = axes(title, across, low, high, label, series)
+    pen.line((*place(-0.5, line), *place(len(across) - 0.5, line)), "black", 2)
+    for i, values in enumerate(series.values()):
+        for x, (value, (down, up)) in enumerate(values):
+            middle, half = x + 0.8 * ((i + 0.5) / len(series) - 0.5), 0.36 / len(series)
+            (x0, y0), (x1, y1) = place(middle - half, value), place(middle + half, max(low, 0))
+            pen.rectangle((x0, min(y0, y1), x1, max(y0, y1)), INK[i % len(INK)])
+            (centre, y0), (_, y1) = place(middle, up), place(middle, down)
+            pen.line((centre, y0, centre, y1), "black", 2)
+    return chart
+
+
+def lines(title, across, series, label, low=0.0, high=1.0):
+    """A line chart. series: {name: [value, ...]} or {name: [(value, (from, to)), ...]}, one a position of `across`."""
+    chart, pen, place = axes(title, across, low, high, label, series)
+    for i, values in enumerate(series.values()):
+        for x, v in enumerate(values):
+            if isinstance(v, tuple):
+                pen.line((*place(x, v[1][0]), *place(x, v[1][1])), INK[i % len(INK)], 1)
+        points = [place(x, v[0] if isinstance(v, tuple) else v) for x, v in enumerate(values)]
+        pen.line(points, INK[i % len(INK)], 2)
+        for point in points:
+            mark(pen, i, *point)
+    return chart
+
+
+def beside(pictures, down=False):
+    """Pictures in a row, or one below the other, on white."""
+    wide, tall = [p.width for p in pictures], [p.height for p in pictures]
+    sheet = Image.new("RGB", (max(wide), sum(tall)) if down else (sum(wide), max(tall)), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (0, sum(tall[:i])) if down else (sum(wide[:i]), 0))
+    return sheet
 
 
 # ------------------------------------------------------------------------------------- a judge in place of the person
@@ -320,20 +850,28 @@ def judge(args):
             sheet += [(f"{row['user']}, {kind}: {line['pictures']}", row["caption"], theirs, ours)] if len(sheet) < 8 else []
             with open(journal, "a") as file:
                 file.write(json.dumps(line) + "\n")
-    results = dict(judge=args.judge)
+    result = dict(judge=args.judge, people={})
     for name in ("seen", "unseen", "all"):
-        results[name] = counted([line["pictures"] for line in done.values() if name in (line["kind"], "all")])
-    results["accuracy"] = counted([line["real"] for line in done.values()])
-    table = ["| people | win rate over base | 95% | judged | inconsistent | unparsable |", "|---|---|---|---|---|---|"]
-    for name, r in results.items():
-        if name != "judge":
-            rated = f"{r['rate']:.3f} | {between(r)} | {r['n']}" if r["n"] else "- | - | 0"
-            table.append(f"| {'the judge on real choices' if name == 'accuracy' else name} | {rated} | {r['inconsistent']} | {r['unparsable']} |")
-    picture = None  # if nothing was left to judge it is there already
+        result["people"][name] = counted([line["pictures"] for line in done.values() if name in (line["kind"], "all")])
+    result["accuracy"] = counted([line["real"] for line in done.values()])
+    pictures = {}  # if nothing was left to judge they are there already
     if sheet:
         names, _, theirs, ours = zip(*sheet)
-        picture = grid([theirs, ours], ["base", "theirs"], [name.replace(", ", "\n") for name in names])
-    report(args, dict(judge=results), "\n".join(table), picture, "judge")
+        pictures["judge"] = grid([theirs, ours], ["base", "theirs"], [name.replace(", ", "\n") for name in names])
+    known = json.loads((out / "evaluation.json").read_text()).get("people") if (out / "evaluation.json").exists() else None
+    if all(r["n"] for r in result["people"].values()):
+        series = {"by the true taste": [(known["people"][k]["win_rate"], known["people"][k]["ci95"]) for k in result["people"]]} if known else {}
+        series |= {f"by the judge, {Path(args.judge).name}": [(r["rate"], r["ci95"]) for r in result["people"].values()]}
+        pictures["figure_5"] = bars("Win rate over the base, with 95% intervals", list(result["people"]), series, "win rate")
+    report(args, result, pictures)
+
+
+def judge_table(result):
+    table = ["| people | win rate over base | 95% | judged | inconsistent | unparsable |", "|---|---|---|---|---|---|"]
+    for name, r in dict(result["people"], accuracy=result["accuracy"]).items():
+        rated = f"{r['rate']:.3f} | {between(r)} | {r['n']}" if r["n"] else "- | - | 0"
+        table.append(f"| {'the judge on real choices' if name == 'accuracy' else name} | {rated} | {r['inconsistent']} | {r['unparsable']} |")
+    return "\n".join(table)
 
 
 def counted(verdicts):
@@ -342,16 +880,15 @@ def counted(verdicts):
     return (rate(right) or dict(rate=None, n=0, ci95=None)) | {kind: verdicts.count(kind) for kind in ("inconsistent", "unparsable")}
 
 
-def ridge(x, y, strength=10.0):
-    """Ridge regression of y on x with an intercept -> a function from x to y."""
-    fill = lambda x: torch.cat([x, torch.ones(len(x), 1)], 1)
-    solution = torch.linalg.solve(fill(x).T @ fill(x) + strength * torch.eye(x.shape[1] + 1), fill(x).T @ y)
-    return lambda x: fill(x) @ solution
+TABLES = dict(people=people_table, judge=judge_table, rewards=rewards_table, interpolate=interpolate_table, couples=couples_table,
+              classify=classify_table, profiles=profiles_table, ablations=ablations_table)
 
 
 def main(argv=None):
     args = arguments(argv)
-    run_script("evaluate.py", dict(people=people, rewards=rewards, judge=judge)[args.command], args)
+    args.began = time.time()
+    commands = dict(people=people, judge=judge, rewards=rewards, interpolate=interpolate, classify=classify, profiles=profiles, ablations=ablations)
+    run_script("evaluate.py", commands[args.command], args)
 
 
 if __name__ == "__main__":

@@ -49,16 +49,16 @@ class UserAdapter(nn.Module):
     nothing and the first loss is ln 2. One token would leave K' without a gradient (a softmax over one key is 1
     whatever the key), hence several. The projector has biases, so the zero user (the *mean* user, where embeddings are
     standardised; no reward at all, where they are one-hot) has tokens of its own and learns the population's taste; the
-    reference is no tokens at all, not zero.
+    reference is no tokens at all, not zero. bias=False takes the biases away, and with them the zero user: an ablation.
     """
 
-    def __init__(self, user_dim, channels, tokens=4, token_dim=64):
+    def __init__(self, user_dim, channels, tokens=4, token_dim=64, bias=True):
         super().__init__()
-        self.user_dim, self.tokens, self.token_dim, self.channels = user_dim, tokens, token_dim, list(channels)
+        self.user_dim, self.tokens, self.token_dim, self.channels, self.bias = user_dim, tokens, token_dim, list(channels), bias
         self.register_buffer("mean", torch.zeros(user_dim))  # of the training users' embeddings; identity for one-hot
         self.register_buffer("std", torch.ones(user_dim))
-        self.project = nn.Linear(user_dim, tokens * token_dim)
-        self.norm = nn.LayerNorm(token_dim)
+        self.project = nn.Linear(user_dim, tokens * token_dim, bias=bias)
+        self.norm = nn.LayerNorm(token_dim, bias=bias)
         self.to_k = nn.ModuleList(nn.Linear(token_dim, c, bias=False) for c in channels)  # W'_k
         self.to_v = nn.ModuleList(nn.Linear(token_dim, c, bias=False) for c in channels)  # W'_v
         for layer in self.to_v:
@@ -106,7 +106,7 @@ class UserAdapter(nn.Module):
     def save(self, path, **header):
         """Write adapter tensors alone as safetensors; dimensions and `header` (plain values) go into its metadata."""
         header = dict(format="ppd-adapter-1", user_dim=self.user_dim, tokens=self.tokens, token_dim=self.token_dim,
-                      channels=self.channels, **header)
+                      bias=self.bias, channels=self.channels, **header)
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         write_atomically(path, lambda temporary: save_file(state, temporary, {"ppd": json.dumps(header, sort_keys=True)}))
 
@@ -126,7 +126,7 @@ class UserAdapter(nn.Module):
         if header.get("format") != "ppd-adapter-1":
             raise BadInput(f"{path}: no PPD adapter (its header says format {header.get('format')!r})")
         try:
-            adapter = cls(header["user_dim"], header["channels"], header["tokens"], header["token_dim"])
+            adapter = cls(header["user_dim"], header["channels"], header["tokens"], header["token_dim"], header.get("bias", True))
             adapter.to(next(iter(state.values())).dtype).load_state_dict(state)  # strict: every key, every shape
         except (KeyError, TypeError, RuntimeError, StopIteration) as error:
             raise BadInput(f"{path}: header and tensors do not fit: {' '.join(str(error).split())}") from None

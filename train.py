@@ -35,6 +35,7 @@ def arguments(argv=None):
     p.add_argument("--decoder", default="stabilityai/stable-cascade", help="hub id or folder with the image encoder and Stages A and B (default: %(default)s)")
     p.add_argument("--grid", type=int, default=24, help="side of the latents at full scale, a 32nd of the pictures' (default: %(default)s)")
     p.add_argument("--users", default="users", help="folder that embed.py wrote (default: %(default)s)")
+    p.add_argument("--only", nargs="+", metavar="USER", help="train on these users' pairs alone (default: everybody's)")
     p.add_argument("--data", help="folder of the parquet files, if it moved since embed.py read it")
     p.add_argument("--out", default="runs/ppd", help="folder to write (default: %(default)s)")
     p.add_argument("--resume", action="store_true", help="continue the run in --out; starts at 0 if there is none")
@@ -52,6 +53,7 @@ def arguments(argv=None):
     p.add_argument("--noise", choices=("shared", "separate"), default="shared", help="one noise a pair, or one a picture as Eq. 6 writes it")
     p.add_argument("--tokens", type=int, help="user tokens " + by_base("tokens"))
     p.add_argument("--token-dim", type=int, help="their width " + by_base("token_dim"))
+    p.add_argument("--bias-free", action="store_true", help="no bias in the projector: then the zero user is the base")
     p.add_argument("--checkpointing", action="store_true", help="recompute activations in backward: less memory, a third slower")
     p.add_argument("--save-every", type=int, default=100, help="steps (default: %(default)s)")
     p.add_argument("--log-every", type=int, default=10, help="steps (default: %(default)s)")
@@ -227,7 +229,9 @@ def run(args):
 
     # data: pairs, and everybody's embedding
     everything, settings = read_pairs(args.users)
-    rows = {split: [r for r in everything if r["split"] == split] for split in ("train", "validation")}
+    if args.only and (unknown := set(args.only) - {r["user"] for r in everything if r["split"] == "train"}):
+        raise BadInput(f"--only {sorted(unknown)[0]}: no such training user in {args.users}")
+    rows = {split: [r for r in everything if r["split"] == split and (not args.only or r["user"] in args.only)] for split in ("train", "validation")}
     if not rows["train"]:
         raise BadInput(f"--users {args.users}: pairs.parquet has no pair to train on")
     users, reader = load_users(args.users, sorted({r["user"] for split in rows.values() for r in split}))
@@ -243,7 +247,7 @@ def run(args):
         base.prior.enable_gradient_checkpointing()
     torch.manual_seed(args.seed)
     dim = next(iter(users.values())).shape[1]
-    adapter = UserAdapter(dim, base.channels, args.tokens, args.token_dim)
+    adapter = UserAdapter(dim, base.channels, args.tokens, args.token_dim, bias=not args.bias_free)
     if reader[0] != "one-hot":
         known = torch.cat([users[name] for name in sorted({r["user"] for r in rows["train"]})])
         adapter.mean.copy_(known.mean(0)), adapter.std.copy_(known.std(0, correction=0).clamp(min=1e-6))

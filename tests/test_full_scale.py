@@ -202,7 +202,7 @@ def test_the_whole_way(full_run, hub):
     out, said = full_run
     users = [ppd.load_user(p) for p in sorted((out / "users").glob("*.pt"))]
     assert len(users) > 8 and all(u["embedding"].shape[1:] == (1, 48) and u["vlm"] == VLM for u in users)
-    assert re.search(r"[1-9]\d* have fewer than four choices", said["embed"]) and re.search(r"a group of four is left out: data/train-\d+-of-00002.parquet row \d+ jpg_1", said["embed"])
+    assert re.search(r"[1-9]\d* have fewer than 4 choices", said["embed"]) and re.search(r"a group of 4 is left out: data/train-\d+-of-00002.parquet row \d+ jpg_1", said["embed"])
     assert re.search(r"^train +\d+ +\d+ +\d+$", said["embed"], re.M) and re.search(r"dropped: tie or no label +\d+", said["embed"])
     assert "HPS v2.1" in said["rewards"] and "skipped: " in said["rewards"] and re.search(r"[1-9]\d* with a broken picture", said["rewards"])
     for run, width in (("run", 48), ("run-onehot", 3)):
@@ -213,10 +213,10 @@ def test_the_whole_way(full_run, hub):
     pictures = [p for p in (out / "pictures").glob("*.png") if p.name != "grid.png"]
     assert len(pictures) == 4 and Image.open(pictures[0]).size == (256, 256) and '"prompt": "\\"a red star\\" on a wall"' in " ".join(Image.open(p).text["ppd"] for p in pictures)
     result = json.loads((out / "run-onehot" / "evaluation.json").read_text())
-    assert result["reward_models"] == {k: embed.REWARDS[k][0] for k in ("clip", "aesthetic", "hps")}
-    assert all(v["n"] == 2 for v in result["one_hot"].values()) and "fidelity" not in result
+    assert result["rewards"]["models"] == {k: embed.REWARDS[k][0] for k in ("clip", "aesthetic", "hps")}
+    assert all(v["n"] == 2 for v in result["rewards"]["rewards"].values()) and "fidelity" not in result["rewards"]
     judged = json.loads((out / "run" / "evaluation.json").read_text())["judge"]
-    assert judged["judge"] == VLM and all(judged["all"][k] + judged["all"]["n"] <= 6 for k in ("inconsistent", "unparsable"))
+    assert judged["judge"] == VLM and all(judged["people"]["all"][k] + judged["people"]["all"]["n"] <= 6 for k in ("inconsistent", "unparsable"))
 
 
 def test_scores_are_kept_and_used(full_run, hub):
@@ -514,7 +514,8 @@ def judge(people, tmp_path, monkeypatch):
         Judge.seen.clear()
         evaluate.main(["judge", "--adapter", str(run), "--judge", "some-judge", "--judge-url", f"http://127.0.0.1:{server.server_port}/v1", "--judge-wait", "0.01",
                        "--n", "3", "--steps", "2", "--out", str(tmp_path / (out or mode)), *flags])
-        return json.loads((tmp_path / (out or mode) / "evaluation.json").read_text())["judge"]
+        result = json.loads((tmp_path / (out or mode) / "evaluation.json").read_text())["judge"]
+        return dict(result["people"], accuracy=result["accuracy"])
 
     yield ask
     server.shutdown()

@@ -220,12 +220,15 @@ def test_evaluate_rewards_small(world, trained, tmp_path):
     evaluate.main(["rewards", "--adapter", str(trained), "--n", "8", "--steps", "2", "--out", str(tmp_path)])
     first = json.loads((tmp_path / "evaluation.json").read_text())
     for name in ("light", "warm", "large"):
-        r = first["one_hot"][name]
+        r = first["rewards"]["rewards"][name]
         assert r.keys() == {"win_rate", "n", "ci95", "mean_user", "mean_base"} and r["n"] == 8 and r["ci95"][0] <= r["win_rate"] <= r["ci95"][1]
-    assert first["fidelity"]["base"]["n"] == 8 and first["fidelity"]["ppd"]["n"] == 24
+    assert first["rewards"]["fidelity"]["base"]["n"] == 8 and first["rewards"]["fidelity"]["ppd"]["n"] == 24
+    assert first["rewards"]["made"]["command"].startswith("python evaluate.py rewards --adapter")
     (tmp_path / "evaluation.json").write_text(json.dumps(first | dict(other=1)))
     evaluate.main(["rewards", "--adapter", str(trained), "--n", "8", "--steps", "2", "--out", str(tmp_path)])
-    assert json.loads((tmp_path / "evaluation.json").read_text()) == first | dict(other=1)  # reproducible; only its own keys
+    second = json.loads((tmp_path / "evaluation.json").read_text())
+    assert first["rewards"].pop("made") | dict(seconds=0) == second["rewards"].pop("made") | dict(seconds=0)
+    assert second == first | dict(other=1)  # reproducible; only its own key
     assert (tmp_path / "rewards.png").exists() and "| light |" in (tmp_path / "evaluation.md").read_text()
 
 

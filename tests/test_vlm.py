@@ -136,11 +136,11 @@ def test_no_group_conditions_a_pair_it_contains(people):
             assert {rows[s]["caption"] for s in shots} <= train_captions
 
 
-def test_four_shot_groups():
+def test_few_shot_groups():
     rows = [dict(ranking_id=i) for i in range(30)]
-    assert [len(embed.four_shot_groups(rows[:n], 4)) for n in (3, 4, 5, 8, 9, 12, 13, 17, 30)] == [0, 1, 1, 1, 2, 2, 3, 4, 4]
-    groups = embed.four_shot_groups(rows, 4)
-    assert groups == embed.four_shot_groups(rows[::-1], 4) and len({r["ranking_id"] for g in groups for r in g}) == 16
+    assert [len(embed.few_shot_groups(rows[:n], 4)) for n in (3, 4, 5, 8, 9, 12, 13, 17, 30)] == [0, 1, 1, 1, 2, 2, 3, 4, 4]
+    groups = embed.few_shot_groups(rows, 4)
+    assert groups == embed.few_shot_groups(rows[::-1], 4) and len({r["ranking_id"] for g in groups for r in g}) == 16
 
 
 def test_two_processes_write_what_one_writes_and_a_restart_skips(people, tmp_path):
@@ -174,11 +174,11 @@ def test_train_sample_and_evaluate_real_people(people, tmp_path):
         sample.main(["--user", str(several), "--group", group, "--prompt", "a red star", "--adapter", str(run), "--steps", "2", "--out", str(tmp_path / group)])
     assert json.loads(Image.open(next((tmp_path / "1").glob("*.png"))).text["ppd"])["group"] == 1
     evaluate.main(["--adapter", str(run), "--n", "6", "--steps", "2"])
-    result = json.loads((run / "evaluation.json").read_text())
-    kinds = dict(result["few_shot"]["controls"], seen=result["few_shot"]["seen"], unseen=result["few_shot"]["unseen"])
-    assert -1 < result["few_shot"]["readout"]["cosine"] < 1 and result["few_shot"]["own_over_other"]["n"] == 6
-    assert kinds.keys() == {"seen", "unseen", "other_user", "zero", "true_taste"}
-    assert all(r.keys() == {"win_rate", "n", "ci95", "mean_user", "mean_base"} and r["n"] == 6 for r in kinds.values())
+    result = json.loads((run / "evaluation.json").read_text())["people"]
+    kinds = result["people"]
+    assert -1 < result["readout"]["mean"] < 1 and result["own_over_other"]["n"] == 6 and kinds["all"]["n"] == 12
+    assert kinds.keys() == {"seen", "unseen", "all", "other_user", "zero", "true_taste"}
+    assert all(r.keys() == {"win_rate", "n", "ci95", "mean_user", "mean_base"} and r["n"] in (6, 12) for r in kinds.values())
     assert result["fidelity"]["base"]["n"] == result["fidelity"]["ppd"]["n"] == 12 and (run / "people.png").exists()
 
 
@@ -207,7 +207,7 @@ def test_own_choices_to_a_person(mine, capsys):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda t: "\n".join(t.split("\n")[:3]), "3 choices; expected at least four"),
+    (lambda t: "\n".join(t.split("\n")[:3]), "3 choices; expected at least 4"),
     (lambda t: t.replace("2.webp", "none.webp", 1), "line 3: none.webp: not a usable image"),
     (lambda t: t.replace("2.webp", "torn.png", 1), "line 3: torn.png: not a usable image"),
     (lambda t: t.replace("2.webp", "giant.png", 1), "line 3: giant.png: not a usable image"),
