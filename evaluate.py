@@ -21,6 +21,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -62,8 +63,8 @@ def arguments(argv=None):
     args.argv = sys.argv[1:] if argv is None else list(argv)  # goes with the results
     args.adapter = args.adapter or ("runs/onehot" if args.command == "rewards" else "runs/ppd")
     for key in ("n", "steps", "batch", "train_steps"):
-        if getattr(args, key) is not None and getattr(args, key) < 1:
-            p.error(f"--{key.replace('_', '-')} {getattr(args, key)}: expected 1 or more")
+        if getattr(args, key) is not None and getattr(args, key) < (least := 2 if key == "n" else 1):
+            p.error(f"--{key.replace('_', '-')} {getattr(args, key)}: expected {least} or more")
     if args.judge_url and not args.judge:
         p.error("--judge-url wants the endpoint's model too: --judge MODEL")
     if args.command == "profiles" and not args.baselines:
@@ -120,13 +121,14 @@ def wins(ours, theirs):
 def compare(ours, theirs):
     """Scores of two arms on the same prompts and noise -> win rate, n, interval, and both means."""
     won = rate(wins(ours, theirs))
-    return dict(win_rate=won["rate"], n=won["n"], ci95=won["ci95"], mean_user=round(float(np.mean(ours)), 4), mean_base=round(float(np.mean(theirs)), 4))
+    return dict(win_rate=won["rate"], n=won["n"], ci95=won["ci95"], mean=round(float(np.mean(ours)), 4), mean_other=round(float(np.mean(theirs)), 4))
 
 
 def spearman(weights, scores):
-    """Rank correlation of weights (W,) with the mean of scores (W, prompts) over prompts, and its 95% bootstrap interval over prompts."""
-    ranks = lambda x: np.argsort(np.argsort(x, axis=-1), axis=-1)
-    of = lambda means: float(np.corrcoef(ranks(weights), ranks(means))[0, 1])
+    """Rank correlation of weights (W,) with the mean of scores (W, prompts) over prompts, 0 where those are constant, and its 95%
+    bootstrap interval over prompts."""
+    ranks = lambda x: np.array([(x < v).sum() + (x == v).sum() / 2 for v in x])  # ties share their average rank
+    of = lambda means: float(np.corrcoef(ranks(weights), ranks(means))[0, 1]) if np.ptp(means) > 0 else 0.0
     rng = np.random.default_rng(0)
     drawn = [of(scores[:, rng.integers(scores.shape[1], size=scores.shape[1])].mean(1)) for _ in range(1000)]
     return dict(spearman=round(of(scores.mean(1)), 4), n=scores.shape[1], ci95=[round(float(q), 4) for q in np.quantile(drawn, (0.025, 0.975))])
@@ -141,9 +143,9 @@ def give(r):
     return f"{r['mean']:+.2f} ({between(r, '+.2f')})"
 
 
-def said(f, ours="personalised"):
+def said(f):
     return (f"Colour and shape as the caption says: base {f['base']['rate']:.3f} ({between(f['base'])}, n = {f['base']['n']}), "
-            f"{ours} {f['ppd']['rate']:.3f} ({between(f['ppd'])}, n = {f['ppd']['n']}).")
+            f"personalised {f['ppd']['rate']:.3f} ({between(f['ppd'])}, n = {f['ppd']['n']}).")
 
 
 def report(args, result, pictures, key=None):
@@ -154,11 +156,11 @@ def report(args, result, pictures, key=None):
     path = out / "evaluation.json"
     before = json.loads(path.read_text()) if path.exists() else {}
     device = torch.cuda.get_device_name() if args.device != "cpu" and torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    made = dict(command=" ".join(["python evaluate.py", *args.argv]), seconds=round(time.time() - args.began), machine=f"{platform.system()} {platform.machine()}, {device}",
-                torch=torch.__version__)
-    result = json.loads(json.dumps(dict(result, made=made)))
+    made = dict(command=shlex.join(["python", "evaluate.py", *args.argv]), seconds=round(time.time() - args.began),
+                machine=f"{platform.system()} {platform.machine()}, {device}", torch=torch.__version__)
+    result = json.loads(json.dumps(dict(made=made) | result))
     write_atomically(path, lambda p: p.write_text(json.dumps(before | {key: result}, indent=1) + "\n"))
-    text = "\n".join(f"## {name}\n\n{TABLES[name](r)}\n" for name, r in (before | {key: result}).items() if name in TABLES)
+    text = "\n".join(f"## {name}\n\n{TABLES[name](r)}\n" for name, r in (before | {key: result}).items() if name in TABLES and "made" in r)
     write_atomically(out / "evaluation.md", lambda p: p.write_text(text))
     for name, picture in pictures.items():
         picture.save(out / f"{name}.png")
@@ -168,11 +170,37 @@ def report(args, result, pictures, key=None):
 
 # ------------------------------------------------------------------------------------------------ Fig. 5: drawn people
 def true_tastes(data):
-    """What drawn people truly like, from the data folder's people.json: a function from names to (B, 5) weights."""
-    if not (Path(data) / "people.json").is_file():
-        raise BadInput(f"--data: no {Path(data) / 'people.json'}; true tastes are known of drawn people only. Of others ask evaluate.py judge")
-    tastes = json.loads((Path(data) / "people.json").read_text())["tastes"]
-    return lambda names: torch.tensor([tastes[int(name)] for name in names])
+    """What drawn people truly like, from the data folder's people.json: functions from names to (B, 5) weights and to words."""
+    path = Path(data) / "people.json"
+    if not path.is_file():
+        raise BadInput(f"--data: no {path}; true tastes are known of drawn people only. Of others ask evaluate.py judge")
+    told = json.loads(path.read_text())
+
+    def look(kind, names):
+        for name in names:
+            if not name.isdigit() or int(name) >= len(told["tastes"]):
+                raise BadInput(f"{path}: person {name} is not in it; expected the data that the people were read from")
+        return [told[kind][int(name)] for name in names]
+    return lambda names: torch.tensor(look("tastes", names)), lambda names: [", ".join(words) for words in look("words", names)]
+
+
+def rows_by_id(data):
+    """A function from ranking ids to the rows of a data folder."""
+    rows = {row["ranking_id"]: row for row in read_rows(data)}
+
+    def look(ids):
+        if missing := [i for i in ids if i not in rows]:
+            raise BadInput(f"--data {data}: no pair of ranking id {missing[0]} there; expected the data that the people were read from")
+        return [rows[i] for i in ids]
+    return look
+
+
+def with_people(args):
+    """An adapter for people -> it, their folder, the pairs and the data folder they are of."""
+    adapter = UserAdapter.load(args.adapter)
+    users = Path(args.users or adapter.header.get("users", "users"))
+    pairs, settings = read_pairs(users)
+    return adapter, users, pairs, Path(args.data or settings["data"])
 
 
 def held_out(users, pairs, seen, unseen):
@@ -189,14 +217,16 @@ def held_out(users, pairs, seen, unseen):
 
 
 def profiles_of(args, users, names, data):
-    """What the VLM writes of people's first group: the part after "User profile:"."""
-    files, rows = [load_user(users / f"{name}.pt") for name in names], {r["ranking_id"]: r for r in read_rows(data)}
-    vlm, texts = load_vlm(files[0]["vlm"], pick_device(args.device)), []
-    step = 50 if files[0]["vlm"] == "tiny" else 1
-    for i in tqdm(range(0, len(files), step), desc="writing profiles", leave=False, disable=None):
-        groups = [group_pictures(data, [rows[k] for k in file["shots"][0]]) for file in files[i:i + step]]
-        texts += read_people(vlm, groups, profile=True)[1]
-    return [" ".join(text.split("User profile:")[-1].split()).rstrip(".") for text in texts]
+    """What the VLM writes of people's first group, or wrote when embed.py --profile read them: what follows "User profile:"."""
+    files = [load_user(users / f"{name}.pt") for name in names]
+    texts = [file["profile"][0] if file["profile"] else None for file in files]
+    if None in texts:
+        rows, vlm, step = rows_by_id(data), load_vlm(files[0]["vlm"], pick_device(args.device)), 50 if files[0]["vlm"] == "tiny" else 1
+        for i in tqdm(range(0, len(files), step), desc="writing profiles", leave=False, disable=None):
+            texts[i:i + step] = read_people(vlm, [group_pictures(data, rows(file["shots"][0])) for file in files[i:i + step]], profile=True)[1]
+        del vlm  # a GPU has better use for its memory
+        torch.cuda.empty_cache()
+    return [" ".join(re.split(r"user profile\W*:\W*", text, flags=re.IGNORECASE)[-1].split()).rstrip(".") for text in texts]
 
 
 def people(args):
@@ -205,11 +235,8 @@ def people(args):
     embedding, the zero user, and the true taste: what a linear fit over the training people expects a person of that taste
     to look like to the VLM, which is the ceiling for reading four choices. And the reverse fit, from embedding to taste:
     how much of a taste an unseen person's embedding tells, as a mean cosine."""
-    adapter = UserAdapter.load(args.adapter)
-    users = Path(args.users or adapter.header.get("users", "users"))
-    pairs, settings = read_pairs(users)
-    data = Path(args.data or settings["data"])
-    taste, words = true_tastes(data), json.loads((data / "people.json").read_text())["words"]
+    adapter, users, pairs, data = with_people(args)
+    taste, words = true_tastes(data)
     embedding = lambda names: torch.cat([standardised(adapter, users / f"{name}.pt") for name in names]).cpu()
     chosen = held_out(users, pairs, args.n or 200, args.n or 200)
     names = {kind: [r["user"] for r in rows] for kind, rows in chosen.items()}
@@ -236,8 +263,8 @@ def people(args):
     some = names["seen"][:4] + names["unseen"][:4]
     sheet = [generate(base, shown, [args.seed + i for i in range(len(shown))], adapter, person, steps=args.steps, guidance=args.guidance)
              for person in (None, *(embedding([name]) for name in some))]
-    labels = ["base"] + [f"{name}, {'seen' if i < len(names['seen'][:4]) else 'unseen'}\nlikes {', '.join(words[int(name)])}\nVLM: {profile[:40]}"
-                         for i, (name, profile) in enumerate(zip(some, profiles_of(args, users, some, data)))]
+    labels = ["base"] + [f"{name}, {'seen' if name in names['seen'] else 'unseen'}\nlikes {likes}\nVLM: {profile[:40]}"
+                         for name, likes, profile in zip(some, words(some), profiles_of(args, users, some, data))]
     report(args, result, dict(people=grid(sheet, labels, shown)))
 
 
@@ -247,7 +274,7 @@ def people_table(result):
     table = ["| people | win rate over base | 95% | n | true reward, base | true reward, theirs |", "|---|---|---|---|---|---|"]
     for name, title in titles.items():
         r = result["people"][name]
-        table.append(f"| {title} | {r['win_rate']:.3f} | {between(r)} | {r['n']} | {r['mean_base']:+.2f} | {r['mean_user']:+.2f} |")
+        table.append(f"| {title} | {r['win_rate']:.3f} | {between(r)} | {r['n']} | {r['mean_other']:+.2f} | {r['mean']:+.2f} |")
     other, readout = result["own_over_other"], result["readout"]
     return "\n".join(table + ["", f"An unseen person's own embedding wins over another's in {other['win_rate']:.3f} ({between(other)}, n = {other['n']}). "
                                   f"Read-out of the true taste from it: cosine {readout['mean']:.3f} ({between(readout)}). " + said(result["fidelity"])])
@@ -263,31 +290,53 @@ def ridge(x, y, strength=10.0):
 # ------------------------------------------------------------------------- Table 1, Fig. 3 and 4: synthetic people
 def script(name, *flags):
     """Run another script of this folder; its output is shown."""
-    command = [sys.executable, str(Path(__file__).resolve().with_name(name)), *map(str, flags)]
-    if (code := subprocess.run(command).returncode) != 0:
+    process = subprocess.Popen([sys.executable, str(Path(__file__).resolve().with_name(name)), *map(str, flags)])
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:  # it was asked to stop too, and saves first
+        process.wait()
+        raise
+    if code != 0:
         raise BadInput(f"{name} {' '.join(map(str, flags))} ended with exit status {code}")
 
 
-def of_the_same(settings):
-    """Flags of embed.py for the same data and splits as another folder's."""
-    return [v for k in ("data", "validation_captions", "test_captions", "unseen_users") for v in (f"--{k.replace('_', '-')}", settings[k])]
+def flags_of(settings, *keys):
+    """Settings as command-line flags; what is unset or off is left out."""
+    flags = []
+    for key in keys:
+        value = settings.get(key)
+        if value not in (None, False):
+            flags += [f"--{key.replace('_', '-')}", *(value if isinstance(value, list) else [] if value is True else [value])]
+    return flags
 
 
-def baseline(args, adapter, name, users, *flags):
-    """The adapter --baselines/<name>; unless it is there, train.py trains it for as long and with the same settings as `adapter`."""
-    folder, h = Path(args.baselines) / name, adapter.header
-    if not (folder / "adapter.safetensors").exists() or UserAdapter.load(folder).header["step"] < h["step"]:
-        same = {f"--{key.replace('_', '-')}": h[key] for key in ("base", "beta", "seed", "tokens", "token_dim", "grid") if key in h}
-        script("train.py", "--users", users, "--out", folder, "--max-steps", h["step"], *itertools.chain(*same.items()), "--decoder", args.decoder,
-               "--dtype", args.dtype, "--device", args.device, "--preview-every", 0, "--resume", *flags)
+def embed_again(args, users, settings, *flags):
+    """embed.py on the data and splits of another folder."""
+    script("embed.py", "--users", users, "--data", args.data or settings["data"], "--device", args.device, *flags,
+           *flags_of(settings, "validation_captions", "test_captions", "unseen_users"))
+
+
+def baseline(args, adapter, name, users, **change):
+    """The adapter --baselines/<name>: trained by train.py unless it is there, for as long as `adapter` and with its settings,
+    --objective and --only apart. At full scale train them beforehand, with torchrun."""
+    folder, wanted = Path(args.baselines) / name, adapter.header["recipe"] | change
+    if not (folder / "adapter.safetensors").exists() or (UserAdapter.load(folder).header["step"] < wanted["max_steps"] and (folder / "state.pt").exists()):
+        script("train.py", "--users", users, "--out", folder, "--base", adapter.header["base"], "--grid", adapter.header["grid"], "--decoder", args.decoder,
+               "--device", args.device, "--preview-every", 0, "--resume", *flags_of(wanted, *wanted), *(["--data", args.data] if args.data else []))
+    header = UserAdapter.load(folder).header
+    there = header["recipe"] | dict(objective=header["objective"], max_steps=header["step"])
+    for key, value in wanted.items():
+        if there[key] != value:
+            raise BadInput(f"{folder}: trained with {key} {there[key]}, but {adapter.path} is to be compared with {value}; choose another --baselines")
     return UserAdapter.load(folder)
 
 
 def synthetic(args):
-    """An adapter for synthetic people -> it, their folder, names and standardised embeddings, the base, --n prompts and seeds."""
+    """An adapter for synthetic people -> it, their folder and settings, their names in the order of the one-hot vector, --n
+    prompts and seeds."""
     adapter = UserAdapter.load(args.adapter)
     users = Path(args.users or adapter.header.get("users", "users"))
-    pairs, _ = read_pairs(users)
+    pairs, settings = read_pairs(users)
     if (unknown := {r["user"] for r in pairs} - tiny.WORDS.keys() - REWARDS.keys()):
         raise BadInput(f"--users {users}: {sorted(unknown)[0]!r} is no reward; give a folder made by embed.py --one-hot")
     names = sorted({r["user"] for r in pairs}, key=lambda name: load_user(users / f"{name}.pt")["embedding"].flatten().argmax().item())
@@ -295,77 +344,66 @@ def synthetic(args):
     if not captions:
         raise BadInput(f"--users {users}: pairs.parquet has no held-out test caption; give --prompts")
     n = args.n or (64 if args.command == "interpolate" else len(captions) if args.prompts else 200)
-    prompts, seeds = [captions[i % len(captions)] for i in range(n)], [args.seed + i for i in range(n)]
-    return adapter, users, names, {name: standardised(adapter, users / f"{name}.pt") for name in names}, load_base(args, adapter), prompts, seeds
+    return adapter, users, settings, names, [captions[i % len(captions)] for i in range(n)], [args.seed + i for i in range(n)]
 
 
 def rewards(args):
     """Sec. 5.1, Table 1, Fig. 3: synthetic people, each a reward; mean rewards and win rates on --prompts or the held-out
     captions. With --baselines also Diffusion-DPO on people's own labels, SFT that sees the user, and a Diffusion-DPO of its
     own for each reward, the upper bound. On the drawn world also whether the caption's colour and shape are there."""
-    adapter, users, names, person, base, prompts, seeds = synthetic(args)
-    drawn, n, zero = names[0] in tiny.WORDS, len(prompts), standardised(adapter, "zero")
+    adapter, users, settings, names, prompts, seeds = synthetic(args)
+    drawn, n, person = names[0] in tiny.WORDS, len(prompts), {name: standardised(adapter, users / f"{name}.pt") for name in names}
     methods = {"base": {"": (adapter, None)}, "PPD": {name: (adapter, person[name]) for name in names}}
-    if args.baselines:
-        _, settings = read_pairs(users)
+    if args.baselines:  # {method: {whose pictures, "" for everybody's: (adapter, embedding)}}
         own = users.with_name(users.name + "-own")
-        script("embed.py", "--one-hot", "own", "--users", own, *of_the_same(settings))
-        dpo, sft = baseline(args, adapter, "dpo", own, "--objective", "dpo"), baseline(args, adapter, "sft", users, "--objective", "sft")
-        upper = {name: baseline(args, adapter, f"dpo-{name}", users, "--objective", "dpo", "--only", name) for name in names}
-        methods = {"base": methods["base"], "Diffusion-DPO": {"": (dpo, torch.zeros_like(dpo.mean)[None])}, "SFT": {name: (sft, person[name]) for name in names},
-                   "PPD": methods["PPD"], "one Diffusion-DPO a reward": {name: (upper[name], zero) for name in names}}
-    shown = min(n, len(set(prompts)), 12)  # rows of the sheet, where the zero user is too
-    methods["zero user"] = {"": (adapter, zero)}
-    scores, right, sheet = {}, {method: [] for method in methods}, {}
+        embed_again(args, own, settings, "--one-hot", "own")
+        dpo, sft = baseline(args, adapter, "dpo", own, objective="dpo"), baseline(args, adapter, "sft", users, objective="sft")
+        upper = {name: baseline(args, adapter, f"dpo-{name}", users, objective="dpo", only=[name]) for name in names}
+        methods = {"base": methods["base"], "Diffusion-DPO": {"": (dpo, standardised(dpo, "zero"))},
+                   "SFT": {name: (sft, person[name]) for name in names}, "PPD": methods["PPD"],
+                   "one Diffusion-DPO a reward": {name: (upper[name], standardised(upper[name], "zero")) for name in names}}
+    base, shown = load_base(args, adapter), min(n, len(set(prompts)), 12)  # rows of the sheet, where the zero user is too
+    compared, methods = list(methods), methods | {"zero user": {"": (adapter, standardised(adapter, "zero"))}}
+    scores, right, sheet = {}, {}, {}
     for method, arm, (own, someone) in [(method, arm, how) for method, arms in methods.items() for arm, how in arms.items()]:
         own.install(base.prior)
         count, key = shown if method == "zero user" else n, (method, arm)
-        scores[key], sheet[key] = {name: [] for name in names}, []
+        scores[key], right[key], sheet[key] = {name: [] for name in names}, [], []
         for i in range(0, count, 4 * args.batch):  # scored as they come: all of them would not fit in memory
             some = slice(i, min(i + 4 * args.batch, count))
             made = generate(base, prompts[some], seeds[some], own, someone, args.batch, f"{method} {arm}", steps=args.steps, guidance=args.guidance)
             sheet[key] += made[:max(0, shown - i)]
             for name in names:
                 scores[key][name] += score(name, made, prompts[some], str(base.device)).tolist()
-            right[method] += tiny.fidelity(made, prompts[some]) if drawn else []
+            right[key] += tiny.fidelity(made, prompts[some]) if drawn else []
     of = lambda method, name: scores.get((method, name), scores.get((method, "")))[name]
-    result = dict(rewards={name: compare(of("PPD", name), of("base", name)) for name in names},
-                  means={arm or "base": {name: mean(scores["PPD" if arm else "base", arm][name]) for name in names} for arm in ("", *names)},
-                  first={method: {name: np.round(of(method, name)[:12], 3).tolist() for name in names} for method in methods})  # for a test to score again
-    result |= dict(fidelity=dict(base=rate(right["base"]), ppd=rate(right["PPD"]))) if drawn else dict(models={name: REWARDS[name][0] for name in names})
-    columns = {"base": sheet["base", ""], "zero": sheet["zero user", ""]} | {name: sheet["PPD", name] for name in names}
-    pictures = dict(rewards=grid(list(zip(*columns.values())), [c[:60] for c in prompts[:shown]], list(columns)))
-    if args.baselines:
-        compared = [method for method in methods if method != "zero user"]
-        result["table_1"] = {method: {name: mean(of(method, name)) for name in names} | ({"fidelity": rate(right[method])} if drawn else {}) for method in compared}
-        result["figure_3"] = {name: {method: compare(of("PPD", name), of(method, name)) for method in compared if method != "PPD"} for name in names}
-        series = {f"over {method}": [(r["win_rate"], r["ci95"]) for r in (result["figure_3"][name][method] for name in names)] for method in compared if method != "PPD"}
-        pictures["figure_3"] = bars("PPD's win rate, with 95% intervals", names, series, "win rate")
-        short = {"base": "base", "Diffusion-DPO": "DPO", "SFT": "SFT", "PPD": "PPD", "one Diffusion-DPO a reward": "own DPO"}
-        columns = {f"{short[method]}\n{arm}": sheet[method, arm] for method in compared for arm in methods[method]}
-        pictures["table_1"] = grid(list(zip(*columns.values())), [c[:60] for c in prompts[:shown]], list(columns), 72)
-    report(args, result, pictures)
+    kept = lambda method: rate(np.mean([r for (m, _), r in right.items() if m == method], axis=0)) if drawn else None  # a prompt counts once
+    result = dict(table_1={method: {name: mean(of(method, name)) for name in names} | ({"fidelity": kept(method)} if drawn else {}) for method in compared},
+                  figure_3={name: {method: compare(of("PPD", name), of(method, name)) for method in compared if method != "PPD"} for name in names},
+                  crossed={name: {other: mean(scores["PPD", other][name]) for other in names} for name in names},
+                  first={method: {name: np.round(of(method, name)[:12], 3).tolist() for name in names} for method in compared})  # for a test to score again
+    result |= {} if drawn else dict(models={name: REWARDS[name][0] for name in names})
+    label = lambda method, arm: f"{method.replace('one Diffusion-DPO a reward', 'own DPO').replace('Diffusion-DPO', 'DPO')}\n{arm}"
+    columns = {label(method, arm): sheet[method, arm] for method, arm in (("base", ""), ("zero user", ""), *(key for key in sheet if key[0] not in ("base", "zero user")))}
+    series = {f"over {method}": [(r["win_rate"], r["ci95"]) for r in (result["figure_3"][name][method] for name in names)] for method in compared if method != "PPD"}
+    report(args, result, dict(figure_3=bars("PPD's win rate, with 95% intervals", names, series, "win rate"),
+                              rewards=grid(list(zip(*columns.values())), [c[:60] for c in prompts[:shown]], list(columns), 72)))
 
 
 def rewards_table(result):
-    names = list(result["rewards"])
-    title = lambda name: result["models"][name] if "models" in result else name
-    table = ["| reward | win rate over base | 95% | n | " + " | ".join(f"mean, {arm}" for arm in result["means"]) + " |", "|---" * (5 + len(names)) + "|"]
-    for name, r in result["rewards"].items():
-        means = " | ".join(f"{m[name]['mean']:+.2f}" for m in result["means"].values())
-        table.append(f"| {title(name)} | {r['win_rate']:.3f} | {between(r)} | {r['n']} | {means} |")
-    if "fidelity" in result:
-        table += ["", "Rewards are in standard deviations of the drawn pictures. " + said(result["fidelity"])]
-    if "table_1" in result:
-        faithful = "fidelity" in result
-        table += ["", "| Table 1: mean reward | " + " | ".join(map(title, names)) + (" | colour and shape" if faithful else "") + " |", "|---" * (1 + len(names) + faithful) + "|"]
-        for method, r in result["table_1"].items():
-            kept = f" | {r['fidelity']['rate']:.3f} ({between(r['fidelity'])})" if faithful else ""
-            table.append(f"| {method} | " + " | ".join(give(r[name]) for name in names) + kept + " |")
-        table += ["", "| Fig. 3: PPD's win rate | " + " | ".join(map(title, names)) + " |", "|---" * (1 + len(names)) + "|"]
-        for method in result["figure_3"][names[0]]:
-            cells = (result["figure_3"][name][method] for name in names)
-            table.append(f"| over {method} | " + " | ".join(f"{r['win_rate']:.3f} ({between(r)})" for r in cells) + " |")
+    names, faithful = list(result["figure_3"]), "models" not in result
+    title = lambda name: name if faithful else result["models"][name]
+    table = ["| mean reward | " + " | ".join(map(title, names)) + (" | colour and shape" if faithful else "") + " |", "|---" * (1 + len(names) + faithful) + "|"]
+    for method, r in result["table_1"].items():
+        kept = f" | {r['fidelity']['rate']:.3f} ({between(r['fidelity'])})" if faithful else ""
+        table.append(f"| {method} | " + " | ".join(give(r[name]) for name in names) + kept + " |")
+    n = result["table_1"]["PPD"][names[0]]["n"]
+    table += ["", f"| PPD's win rate, n = {n} | " + " | ".join(map(title, names)) + " |", "|---" * (1 + len(names)) + "|"]
+    for method in result["figure_3"][names[0]]:
+        cells = (result["figure_3"][name][method] for name in names)
+        table.append(f"| over {method} | " + " | ".join(f"{r['win_rate']:.3f} ({between(r)})" for r in cells) + " |")
+    table += ["", "| mean reward of PPD's pictures | " + " | ".join(f"for {title(name)}" for name in names) + " |", "|---" * (1 + len(names)) + "|"]
+    table += [f"| {title(name)} | " + " | ".join(give(r[other]) for other in names) + " |" for name, r in result["crossed"].items()]
     return "\n".join(table)
 
 
@@ -373,43 +411,56 @@ def interpolate(args):
     """Fig. 4, and the claim that ends Sec. 5.1: of an adapter for three rewards the simplex of their weights, of one for
     people couples of unseen people."""
     _, settings = read_pairs(args.users or UserAdapter.load(args.adapter).header.get("users", "users"))
-    (simplex if settings["one_hot"] else couples)(args)
+    (simplex if settings.get("one_hot") else couples)(args)
 
 
 def simplex(args):
     """Fig. 4: weights of three rewards, 11 along each edge and the corners of a grid of fifths inside; the mean score of --n
     pictures each, with the same captions and noise everywhere."""
-    adapter, _, names, person, base, prompts, seeds = synthetic(args)
+    adapter, users, _, names, prompts, seeds = synthetic(args)
     if len(names) != 3:
         raise BadInput(f"--adapter {args.adapter}: {len(names)} rewards; the triangle wants three")
+    base, person = load_base(args, adapter), {name: standardised(adapter, users / f"{name}.pt") for name in names}
     points = [(i, j, 10 - i - j) for i in range(11) for j in range(11 - i) if 0 in (i, j, 10 - i - j) or not (i % 2 or j % 2)]
-    scores, first = {}, {}
+    scores, first, shown = {}, {}, min(2, len(prompts) - 1)
     for point in tqdm(points, desc="weights", unit="point", disable=None):
         someone = sum(w / 10 * person[name] for w, name in zip(point, names))
         made = generate(base, prompts, seeds, adapter, someone, args.batch, steps=args.steps, guidance=args.guidance)
-        scores[point], first[point] = np.stack([score(name, made, prompts, str(base.device)) for name in names]), made[0]
+        scores[point], first[point] = np.stack([score(name, made, prompts, str(base.device)) for name in names]), made[shown]
     edges = []
     for a, b in itertools.combinations(range(3), 2):
         along = [tuple({a: 10 - w, b: w}.get(k, 0) for k in range(3)) for w in range(11)]
         for k, weights in ((a, range(10, -1, -1)), (b, range(11))):
             of = np.stack([scores[point][k] for point in along])
-            edges.append(dict(edge=[names[a], names[b]], reward=names[k], mean=of.mean(1).round(4).tolist(), **spearman(np.array(weights), of)))
-    result = dict(edges=edges, map=[dict(weights=dict(zip(names, np.array(p) / 10)), means=dict(zip(names, scores[p].mean(1).round(4).tolist()))) for p in points])
+            edges.append(dict(edge=[names[a], names[b]], reward=names[k], means=[mean(row) for row in of], **spearman(np.array(weights), of)))
+    result = dict(edges=edges, map=[dict(weights=dict(zip(names, (np.array(p) / 10).tolist())), means={name: mean(scores[p][k]) for k, name in enumerate(names)}) for p in points])
     fifths = [p for p in points if not (p[0] % 2 or p[1] % 2)]
-    pictures = [triangle(f"\"{prompts[0]}\", by weights", names, {p: first[p] for p in fifths})]
+    pictures = [triangle(f"\"{prompts[shown]}\", by weights", names, {p: first[p] for p in fifths})]
     pictures += [triangle(f"mean {name}", names, {p: float(scores[p][k].mean()) for p in fifths}) for k, name in enumerate(names)]
-    low, high = math.floor(min(min(e["mean"]) for e in edges)), math.ceil(max(max(e["mean"]) for e in edges))
-    charts = [lines(f"from {pair[0]['edge'][0]} to {pair[0]['edge'][1]}", [f"{w / 10:g}" for w in range(11)], {e["reward"]: e["mean"] for e in pair},
-                    "mean score", low, high) for pair in zip(edges[::2], edges[1::2])]
+    charts = []
+    for pair in zip(edges[::2], edges[1::2]):  # real rewards have units of their own: in deviations there, as the drawn ones are
+        series = {e["reward"]: [(m["mean"], m["ci95"]) for m in e["means"]] for e in pair}
+        for name, line in series.items() if names[0] in REWARDS else ():
+            every = np.stack([scores[p][names.index(name)] for p in points])
+            series[name] = [tuple((np.array(v) - every.mean()) / every.std()) for v in line]
+        charts.append(lines(f"from {pair[0]['edge'][0]} to {pair[0]['edge'][1]}", [f"{w / 10:g}" for w in range(11)], series, "mean score"))
     report(args, result, dict(figure_4=beside([beside([beside(pictures[:2]), beside(pictures[2:])], down=True), beside(charts, down=True)])))
+
+
+def interpolate_table(result):
+    table = ["| edge | score | Spearman of its weight and its mean | 95% | n | mean at weight 0 | at 1 |", "|---|---|---|---|---|---|---|"]
+    for e in result["edges"]:
+        ends = e["means"] if e["reward"] == e["edge"][1] else e["means"][::-1]
+        table.append(f"| {e['edge'][0]} to {e['edge'][1]} | {e['reward']} | {e['spearman']:.3f} | {between(e)} | {e['n']} | {give(ends[0])} | {give(ends[-1])} |")
+    return "\n".join(table)
 
 
 def triangle(title, names, of, side=380, cell=58):
     """The simplex of three weights, (i, j, k) of sum 10 -> a picture, or a number shown by a colour and in digits."""
-    sheet = Image.new("RGB", (side + 140, side + 60), "white")
+    sheet = Image.new("RGB", (side + 140, side + 80), "white")
     pen, font = ImageDraw.Draw(sheet), lambda size: ImageFont.load_default(size=size)
     pen.text((sheet.width / 2, 14), title, "black", font(15), anchor="mm")
-    corner = [(70, side + 8), (side + 70, side + 8), (side / 2 + 70, side + 8 - side * 0.75**0.5)]
+    corner = [(70, side + 28), (side + 70, side + 28), (side / 2 + 70, side + 28 - side * 0.75**0.5)]
     numbers = [v for v in of.values() if isinstance(v, float)]
     shades = np.array([(0, 34, 78), (87, 93, 109), (165, 156, 116), (254, 232, 56)])  # dark blue to yellow, light rising: cividis
     for point, value in of.items():
@@ -429,10 +480,8 @@ def triangle(title, names, of, side=380, cell=58):
 def couples(args):
     """Sec. 5.1's claim for people: --n couples of unseen people, one blended into the other in ten steps, and both true
     rewards of the pictures, with the same captions and noise throughout."""
-    adapter = UserAdapter.load(args.adapter)
-    users = Path(args.users or adapter.header.get("users", "users"))
-    pairs, settings = read_pairs(users)
-    taste, n = true_tastes(args.data or settings["data"]), args.n or 64
+    adapter, users, pairs, data = with_people(args)
+    (taste, words), n = true_tastes(data), args.n or 64
     rows = held_out(users, pairs, 2, 2 * n)["unseen"]
     n = len(rows) // 2
     a, b, captions = [r["user"] for r in rows[:n]], [r["user"] for r in rows[n:2 * n]], [r["caption"] for r in rows[:n]]
@@ -443,23 +492,13 @@ def couples(args):
         made.append(generate(base, captions, seeds, adapter, (1 - w) * one + w * other, args.batch, steps=args.steps, guidance=args.guidance))
         for who, names in (("one", a), ("other", b)):
             scores[who].append(tiny.utility(taste(names).numpy(), made[-1]))
-    result = {who: dict(mean=[mean(s) for s in scores[who]], gained=mean(sign * (scores[who][-1] - scores[who][0])),
+    result = {who: dict(means=[mean(s) for s in scores[who]], gained=mean(sign * (scores[who][-1] - scores[who][0])),
                         **spearman(sign * weights, np.stack(scores[who]))) for who, sign in (("one", -1), ("other", 1))}
-    series = {f"true reward of {title}": [(m["mean"], m["ci95"]) for m in result[who]["mean"]] for who, title in (("one", "the one"), ("other", "the other"))}
-    span = [v for line in series.values() for _, ci in line for v in ci]
-    chart = lines(f"{n} couples of unseen people, one blended into the other", [f"{w:g}" for w in weights], series, "mean true reward", min(span) - 0.05, max(span) + 0.05)
-    words = json.loads((Path(args.data or settings["data"]) / "people.json").read_text())["words"]
+    series = {f"true reward of the {who}": [(m["mean"], m["ci95"]) for m in result[who]["means"]] for who in ("one", "other")}
+    chart = lines(f"{n} couples of unseen people, one blended into the other", [f"{w:g}" for w in weights], series, "mean true reward")
     far = sorted(range(n), key=lambda i: float(taste([a[i]])[0] @ taste([b[i]])[0]))[:6]  # the couples least alike
-    labels = [f"{captions[i]}\n{', '.join(words[int(a[i])])} -> {', '.join(words[int(b[i])])}" for i in far]
+    labels = [f"{captions[i]}\n{words([a[i]])[0]} -> {words([b[i]])[0]}" for i in far]
     report(args, result, dict(couples=beside([chart, grid([[p[i] for p in made] for i in far], labels, [f"{w:g}" for w in weights], 56)], down=True)), "couples")
-
-
-def interpolate_table(result):
-    table = ["| edge | score | Spearman of its weight and its mean | 95% | n | mean at weight 0 | at 1 |", "|---|---|---|---|---|---|---|"]
-    for e in result["edges"]:
-        ends = e["mean"] if e["reward"] == e["edge"][1] else e["mean"][::-1]
-        table.append(f"| {e['edge'][0]} to {e['edge'][1]} | {e['reward']} | {e['spearman']:.3f} | {between(e)} | {e['n']} | {ends[0]:+.2f} | {ends[-1]:+.2f} |")
-    return "\n".join(table)
 
 
 def couples_table(result):
@@ -476,40 +515,42 @@ def classify(args):
     prompt (--users) and after a written profile (--profile-users). One group a person is for the test, one to choose the
     epoch; a group that shares a picture with either trains nothing (the winner of a pair stays on screen, so many would).
     On the drawn world also two ceilings, as few distinct tastes exist: who knows the true taste, and who reads the four
-    choices perfectly, can do no better than guess among people of the same taste."""
+    choices perfectly, can do no better than guess among people of the same taste. Captions may recur among a person's groups:
+    on real data that tells people apart too."""
     users = Path(args.users)
     pairs, settings = read_pairs(users)
     data = Path(args.data or settings["data"])
-    pictures = {r["ranking_id"]: {r["image_0_uid"], r["image_1_uid"]} for r in read_rows(data)}
-    files, kept = {}, {}
+    rows, kept, shots = rows_by_id(data), {}, {}
     for name in sorted({r["user"] for r in pairs}, key=lambda name: share("classify", name)):
-        files[name] = load_user(users / f"{name}.pt")
-        shown = [set().union(*(pictures[k] for k in group)) for group in files[name]["shots"]]
+        groups = load_user(users / f"{name}.pt")["shots"]
+        shown = [{row[uid] for row in rows(group) for uid in ("image_0_uid", "image_1_uid")} for group in groups]
         clean = [g for g in range(2, len(shown)) if not shown[g] & (shown[0] | shown[1])] if len(shown) >= 10 and not shown[0] & shown[1] else []
-        if clean and len(kept) < (args.n or 300):
-            kept[name] = clean
+        if clean:
+            kept[name], shots[name] = clean, groups
+        if len(kept) == (args.n or 300):
+            break
     if len(kept) < 20:
         raise BadInput(f"--users {users}: {len(kept)} people with ten groups or more; expected at least 20. Embed with --groups 20 --layer all")
     names, result = list(kept), dict(people=len(kept), groups=sum(map(len, kept.values())), states={})
     print(f"{len(names)} people; {result['groups']} groups to train on, one a person to choose the epoch, one to test")
     for kind, folder in (("prompt", users), ("profile", args.profile_users)):
         if folder:
-            every = [files[name] if folder is users else load_user(Path(folder) / f"{name}.pt") for name in names]
+            every = [load_user(Path(folder) / f"{name}.pt") for name in names]
             for name, file in zip(names, every):
-                if file["shots"] != files[name]["shots"]:
-                    raise BadInput(f"--profile-users {folder}: person {name} was read from other choices than in {users}")
+                if file["shots"] != shots[name] or bool(file["profile"]) != (kind == "profile"):
+                    raise BadInput(f"{Path(folder) / name}.pt: expected a person read after the {kind} from the same choices as in {users}")
             for layer in tqdm(range(every[0]["embedding"].shape[1]), desc=f"classifiers, {kind}", disable=None):
                 x = [file["embedding"][:, layer] for file in every]
+                layer = layer if every[0]["layer"] == "all" else every[0]["layer"]
                 ranks = classifier(torch.cat([e[kept[name]] for e, name in zip(x, names)]), torch.tensor([i for i, name in enumerate(names) for _ in kept[name]]),
                                    torch.stack([e[1] for e in x]), torch.stack([e[0] for e in x]), args.seed)
                 result["states"][f"{kind}, layer {layer}"] = {str(k): rate((ranks < k).float().tolist()) for k in TOP}
     result["chance"] = {str(k): k / len(names) for k in TOP}
     if (data / "people.json").is_file():
         weights, _, odds = tiny.all_tastes()
-        kind = torch.cdist(true_tastes(data)(names), torch.tensor(weights, dtype=torch.float32)).argmin(1).numpy()
-        of = {r["ranking_id"]: r for r in read_rows(data)}
-        shots = [[im for _, *both in group_pictures(data, [of[k] for k in files[name]["shots"][0]]) for im in both] for name in names]
-        z = (tiny.measure([im for pics in shots for im in pics]) - tiny.MEAN) / tiny.STD
+        kind = torch.cdist(true_tastes(data)[0](names), torch.tensor(weights, dtype=torch.float32)).argmin(1).numpy()
+        tested = [picture for name in names for _, *both in group_pictures(data, rows(shots[name][0])) for picture in both]
+        z = (tiny.measure(tested) - tiny.MEAN) / tiny.STD
         likely = (tiny.believe(z.reshape(len(names), -1, 2, len(tiny.AXES))) / odds)[:, kind]  # of everybody, given these four choices
         mine = likely.diagonal()[:, None]
         above, same = (likely > mine * (1 + 1e-9)).sum(1), (np.abs(likely / mine - 1) <= 1e-9).sum(1)
@@ -525,7 +566,7 @@ def classify(args):
     layers = range(len(last["prompt"]))
     by_layer["chance"] = [result["chance"]["16"]] * len(layers)
     report(args, result, dict(figure_2=beside([lines(f"Which of {len(names)} people? Top k of the classifier", [f"k = {k}" for k in TOP], series, "accuracy"),
-                                               lines("Top 16 by layer (0: the embedded last token)", layers, by_layer, "accuracy", high=math.ceil(10 * max(row["16"]["ci95"][1] for row in states.values())) / 10)])))
+                                               lines("Top 16 by layer (0: the embedded last token)", layers, by_layer, "accuracy")])))
 
 
 def classifier(x, who, check, test, seed, epochs=60):
@@ -565,16 +606,15 @@ def profiles(args):
     """Fig. 6: the profile that the VLM writes of unseen people, appended to the caption, against PPD: base, Diffusion-DPO (in
     --baselines), both again with the profile, PPD; one held-out caption a person. Win rate and true reward where the truth is
     known, and how much of the caption is kept: its colour and shape on the drawn world, else the CLIP score."""
-    adapter = UserAdapter.load(args.adapter)
-    users = Path(args.users or adapter.header.get("users", "users"))
-    pairs, settings = read_pairs(users)
-    data = Path(args.data or settings["data"])
+    adapter, users, pairs, data = with_people(args)
     rows = held_out(users, pairs, 2, args.n or 200)["unseen"]
     names, captions, drawn = [r["user"] for r in rows], [r["caption"] for r in rows], (data / "people.json").is_file()
     written = profiles_of(args, users, names, data)
     worded, seeds = [f"{caption}, {text}" for caption, text in zip(captions, written)], [args.seed + i for i in range(len(rows))]
-    dpo, base = baseline(args, adapter, "dpo", users, "--objective", "dpo"), load_base(args, adapter)
-    own, everybody = torch.cat([standardised(adapter, users / f"{name}.pt") for name in names]), torch.zeros_like(dpo.mean)[None]
+    dpo, own = baseline(args, adapter, "dpo", users, objective="dpo"), torch.cat([standardised(adapter, users / f"{name}.pt") for name in names])
+    base, everybody = load_base(args, adapter), standardised(dpo, "zero")
+    if cut := sum(len(base.tokenizer(text).input_ids) > base.tokenizer.model_max_length for text in worded):
+        print(f"{cut} of {len(worded)} captions with a profile are longer than the text encoder reads, and are cut")
     arms = {"base": (captions, adapter, None), "base, profile in the caption": (worded, adapter, None), "Diffusion-DPO": (captions, dpo, everybody),
             "Diffusion-DPO, profile in the caption": (worded, dpo, everybody), "PPD": (captions, adapter, own)}
     made = {}
@@ -582,17 +622,17 @@ def profiles(args):
         which.install(base.prior)
         made[arm] = generate(base, prompts, seeds, which, person, args.batch, arm, steps=args.steps, guidance=args.guidance)
     if drawn:
-        taste, words = true_tastes(data)(names).numpy(), json.loads((data / "people.json").read_text())["words"]
+        taste, words = true_tastes(data)
+        taste, likes = taste(names).numpy(), [f"likes {text}\n" for text in words(names)]
         scores = {arm: tiny.utility(taste, pictures) for arm, pictures in made.items()}
         kept = {arm: dict(fidelity=rate(tiny.fidelity(pictures, captions))) for arm, pictures in made.items()}
         result = dict(arms={arm: compare(scores[arm], scores["base"]) | kept[arm] for arm in arms}, over={
             arm: compare(scores["PPD"], scores[arm]) for arm in arms if arm != "PPD"})
-        like = lambda i: f"likes {', '.join(words[int(names[i])])}\n"
     else:
         result = dict(arms={arm: dict(clip=mean(score("clip", pictures, captions, str(base.device)))) for arm, pictures in made.items()})
-        like = lambda i: ""
+        likes = [""] * len(names)
     result["profiles"] = dict(zip(names[:8], written))
-    labels = [f"{captions[i][:60]}\n{like(i)}VLM: {written[i][:60]}" for i in range(min(8, len(rows)))]
+    labels = [f"{captions[i][:60]}\n{likes[i]}VLM: {written[i][:60]}" for i in range(min(8, len(rows)))]
     sheet = grid([[made[arm][i] for arm in arms] for i in range(len(labels))], labels, [arm.replace(", profile in the caption", "\n+ profile") for arm in arms])
     report(args, result, dict(figure_6=sheet))
 
@@ -604,7 +644,7 @@ def profiles_table(result):
     for arm, r in result["arms"].items():
         won = f"{r['win_rate']:.3f} | {between(r)}" if arm != "base" else "- | -"
         lost = f"{result['over'][arm]['win_rate']:.3f} | {between(result['over'][arm])}" if arm != "PPD" else "- | -"
-        table.append(f"| {arm} | {won} | {r['mean_user']:+.2f} | {r['fidelity']['rate']:.3f} | {between(r['fidelity'])} | {lost} | {r['n']} |")
+        table.append(f"| {arm} | {won} | {r['mean']:+.2f} | {r['fidelity']['rate']:.3f} | {between(r['fidelity'])} | {lost} | {r['n']} |")
     return "\n".join(table)
 
 
@@ -630,60 +670,69 @@ def ablations(args):
     one goes on. An interval is over people, a person's value being their mean over the seeds; seeds are listed beside it."""
     users, out = Path(args.users), Path(args.out)
     pairs, settings = read_pairs(users)
-    truth = true_tastes(args.data or settings["data"])
+    truth, _ = true_tastes(args.data or settings["data"])
     one_shot = users.with_name(users.name + "-1shot")
-    script("embed.py", "--vlm", settings["vlm"], "--shots", 1, "--users", one_shot, *of_the_same(settings))
+    if not (one_shot / "pairs.parquet").exists():
+        embed_again(args, one_shot, settings, "--shots", 1, *flags_of(settings, "vlm", "layer", "profile", "groups"))
     rows = held_out(users, pairs, 2, args.n or 100)["unseen"]
     names, captions = [r["user"] for r in rows], [r["caption"] for r in rows]
     taste, noise = truth(names).numpy(), [args.seed + i for i in range(len(names))]
     known = sorted({r["user"] for r in pairs if r["split"] == "train"}, key=lambda name: share("ablation", name))
-    base = untouched = None
-    values = {}
+    base, values, seconds = None, {}, 0
     for (change, flags), seed in itertools.product(ABLATIONS.items(), SEEDS):
-        folder = out / f"{change.replace(' ', '-')}-{seed}"
-        people, some = one_shot if change == "1 shot" else users, known[:int(change.split()[0])] if "training people" in change else None
+        folder, people = out / f"{change.replace(' ', '-')}-{seed}", one_shot if change == "1 shot" else users
+        if "training people" in change:
+            flags = ["--only", *known[:int(change.split()[0])]]
+        flags = [*flags, "--users", str(people), "--base", args.base or "tiny", "--seed", seed, "--max-steps", args.train_steps, "--dtype", args.dtype]
+        how = dict(train=flags, people=names, seed=args.seed, steps=args.steps, guidance=args.guidance)
         if not (folder / "scores.json").exists():
-            script("train.py", "--users", people, "--out", folder, "--seed", seed, "--max-steps", args.train_steps, "--log-every", 50, "--preview-every", 0,
-                   "--dtype", args.dtype, "--resume", *flags, *(["--only", *some] if some else []))
+            began = time.time()
+            script("train.py", *flags, "--out", folder, "--decoder", args.decoder, "--device", args.device, "--log-every", 50, "--preview-every", 0, "--resume",
+                   *(["--data", args.data] if args.data else []))
             adapter = UserAdapter.load(folder)
-            base = load_base(args, adapter)
+            if adapter.header["step"] < args.train_steps:
+                raise BadInput(f"{folder}: training was stopped after {adapter.header['step']} steps; the same command goes on")
+            base = base or load_base(args, adapter)
+            adapter.install(base.prior)
             draw = lambda person, desc: generate(base, captions, noise, adapter, person, args.batch, desc, steps=args.steps, guidance=args.guidance)
-            if untouched is None:
-                untouched = tiny.utility(taste, draw(None, "base"))
             own = torch.cat([standardised(adapter, people / f"{name}.pt") for name in names])
-            mine, others = draw(own, folder.name), draw(own.roll(1, 0), folder.name)
-            scores = dict(settings=[names, args.seed, args.train_steps, args.dtype], base=untouched.tolist(), own=tiny.utility(taste, mine).tolist(),
-                          other=tiny.utility(taste, others).tolist(), fidelity=tiny.fidelity(mine, captions))
+            made = {kind: draw(person, f"{kind}, {folder.name}") for kind, person in (("base", None), ("own", own), ("other", own.roll(1, 0)))}
+            scores = {kind: tiny.utility(taste, pictures).tolist() for kind, pictures in made.items()}
+            scores |= dict(how=how, fidelity=tiny.fidelity(made["own"], captions), seconds=time.time() - began)
             write_atomically(folder / "scores.json", lambda path: path.write_text(json.dumps(scores)))
         scores = json.loads((folder / "scores.json").read_text())
-        if scores["settings"] != [names, args.seed, args.train_steps, args.dtype]:
-            raise BadInput(f"{folder}/scores.json is of other people, steps, --seed or --dtype; move it away or choose another --out")
-        values[change, seed] = {k: np.array(v) for k, v in scores.items() if k != "settings"}
-    together = lambda change, of: np.stack([of(values[change, seed]) for seed in SEEDS])
-    gain, result = lambda v: v["own"] - v["base"], {}
+        if different := [key for key in how if scores["how"][key] != how[key]]:
+            raise BadInput(f"{folder}/scores.json is of other {different[0]}: {scores['how'][different[0]]}, not {how[different[0]]}; move it away or choose another --out")
+        seconds += scores["seconds"]
+        values[change, seed] = {kind: np.array(scores[kind]) for kind in ("base", "own", "other", "fidelity")}
+    args.began = time.time() - seconds  # all runs count, whenever they were made
+    result = {}
     for change in ABLATIONS:
-        gains = together(change, gain)
-        result[change] = dict(win_rate=mean(together(change, lambda v: wins(v["own"], v["base"])).mean(0)),
-                              own_over_other=mean(together(change, lambda v: wins(v["own"], v["other"])).mean(0)),
-                              gain=mean(gains.mean(0)), against_default=mean((gains - together("default", gain)).mean(0)),
-                              gain_by_seed=gains.mean(1).round(3).tolist(), fidelity=rate(together(change, lambda v: v["fidelity"]).flatten().tolist()))
-    report(args, dict(changes=result), {})
+        of = {kind: np.stack([values[change, seed][kind] for seed in SEEDS]) for kind in ("base", "own", "other", "fidelity")}
+        gains, default = of["own"] - of["base"], np.stack([values["default", seed]["own"] - values["default", seed]["base"] for seed in SEEDS])
+        result[change] = dict(win_rate=mean(wins(of["own"], of["base"]).mean(0)), own_over_other=mean(wins(of["own"], of["other"]).mean(0)), gain=mean(gains.mean(0)),
+                              against_default=mean((gains - default).mean(0)), gain_by_seed=gains.mean(1).round(3).tolist(), fidelity=mean(of["fidelity"].mean(0)))
+    series = {"true reward gained over the base": [(r["gain"]["mean"], r["gain"]["ci95"]) for r in result.values()]}
+    chart = bars("One change at a time from the default", [change.replace(" ", "\n") for change in result], series, "true reward gained", low=min(
+        0.0, *(r["gain"]["ci95"][0] for r in result.values())), high=max(r["gain"]["ci95"][1] for r in result.values()), line=result["default"]["gain"]["mean"], wide=860)
+    report(args, dict(changes=result), dict(ablations=chart))
 
 
 def ablations_table(result):
-    lines = ["| change | win rate over base | own over another's | reward gained | by seed | against the default | colour and shape |", "|---|---|---|---|---|---|---|"]
+    n = result["changes"]["default"]["gain"]["n"]
+    table = [f"| change, n = {n} people | win rate over base | own over another's | reward gained | by seed | against the default | colour and shape |", "|---|---|---|---|---|---|---|"]
     for change, r in result["changes"].items():
-        against = "" if change == "default" else f"{r['against_default']['mean']:+.2f} ({between(r['against_default'], '+.2f')})"
-        lines.append(f"| {change} | {r['win_rate']['mean']:.3f} ({between(r['win_rate'])}) | {r['own_over_other']['mean']:.3f} ({between(r['own_over_other'])}) | "
-                     f"{r['gain']['mean']:+.2f} | {', '.join(f'{g:+.2f}' for g in r['gain_by_seed'])} | {against} | {r['fidelity']['rate']:.3f} |")
-    return "\n".join(lines)
+        rated = lambda key: f"{r[key]['mean']:.3f} ({between(r[key])})"
+        table.append(f"| {change} | {rated('win_rate')} | {rated('own_over_other')} | {give(r['gain'])} | {', '.join(f'{g:+.2f}' for g in r['gain_by_seed'])} | "
+                     f"{'' if change == 'default' else give(r['against_default'])} | {rated('fidelity')} |")
+    return "\n".join(table)
 
 
 # ------------------------------------------------------------------------------------------------------------ charts
 INK = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe and Ito's, told apart by everybody
 
 
-def axes(title, across, low, high, label, names, wide=520, tall=340):
+def axes(title, across, low, high, label, names, wide=520, tall=350):
     """An empty chart: names of its x positions, the range and label of y, its series -> picture, pen, and a function from
     (x position, y) to pixels. Series are told apart by colour and by mark."""
     chart = Image.new("RGB", (wide, tall), "white")
@@ -696,6 +745,7 @@ def axes(title, across, low, high, label, names, wide=520, tall=340):
         mark(pen, i, x + 6, y)
         pen.text((x + 15, y), name, "black", font(13), anchor="lm")
         x += width
+    high = high if high > low else low + 1
     left, right, top, bottom = 60, wide - 12, y + 18, tall - 16 - 15 * max(str(name).count("\n") + 1 for name in across)
     place = lambda x, y: (left + (right - left) * (x + 0.5) / len(across), bottom - (bottom - top) * (y - low) / (high - low))
     step = 10 ** math.floor(math.log10((high - low) / 2))
@@ -722,9 +772,9 @@ def mark(pen, i, x, y, r=4):
         pen.polygon(shapes[i % 4 - 1], INK[i % len(INK)])
 
 
-def bars(title, across, series, label, low=0.0, high=1.0, line=0.5):
-    """A bar chart. series: {name: [(value, (from, to)), ...]}, one a position of `across`."""
-    chart, pen, place = axes(title, across, low, high, label, series)
+def bars(title, across, series, label, low=0.0, high=1.0, line=0.5, wide=520):
+    """A bar chart. series: {name: [(value, (from, to)), ...]}, one a position of `across`; a line for comparison."""
+    chart, pen, place = axes(title, across, low, high, label, series, wide)
     pen.line((*place(-0.5, line), *place(len(across) - 0.5, line)), "black", 2)
     for i, values in enumerate(series.values()):
         for x, (value, (down, up)) in enumerate(values):
@@ -736,9 +786,10 @@ def bars(title, across, series, label, low=0.0, high=1.0, line=0.5):
     return chart
 
 
-def lines(title, across, series, label, low=0.0, high=1.0):
+def lines(title, across, series, label):
     """A line chart. series: {name: [value, ...]} or {name: [(value, (from, to)), ...]}, one a position of `across`."""
-    chart, pen, place = axes(title, across, low, high, label, series)
+    reach = [x for values in series.values() for v in values for x in (v[1] if isinstance(v, tuple) else [v])]
+    chart, pen, place = axes(title, across, min(0, *reach), max(reach), label, series)
     for i, values in enumerate(series.values()):
         for x, v in enumerate(values):
             if isinstance(v, tuple):
@@ -801,13 +852,10 @@ def judge(args):
     """Sec. 5.2, Fig. 5: who knows only a person's four choices judges which of two pictures of a held-out caption that person
     would choose, ours or the base's; a VLM here, or an OpenAI-compatible endpoint. Each pair is shown in both orders, and
     answers that follow the order are dropped and counted. Its accuracy is measured on the people's own held-out choices."""
-    adapter = UserAdapter.load(args.adapter)
-    users = Path(args.users or adapter.header.get("users", "users"))
-    pairs, settings = read_pairs(users)
-    chosen, data = held_out(users, pairs, args.n or 277, args.n or 192), Path(args.data or settings["data"])
-    todo = [(kind, row) for kind, rows in chosen.items() for row in rows]
-    wanted = {shot for _, row in todo for shot in load_user(users / f"{row['user']}.pt")["shots"][0]}
-    shots_of = {r["ranking_id"]: r for r in read_rows(data) if r["ranking_id"] in wanted}
+    adapter, users, pairs, data = with_people(args)
+    chosen = held_out(users, pairs, args.n or 277, args.n or 192)
+    todo, rows = [(kind, row) for kind, rows in chosen.items() for row in rows], rows_by_id(data)
+    taste = true_tastes(data)[0] if (data / "people.json").is_file() else None  # of drawn people the truth is shown beside the judge
     args.judge = args.judge or load_user(users / f"{todo[0][1]['user']}.pt")["vlm"]
     base, out = load_base(args, adapter), Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -832,7 +880,7 @@ def judge(args):
         made = zip(generate(base, captions, seeds, **how_to), generate(base, captions, seeds, adapter, person, **how_to))
         for (kind, row), (theirs, ours) in tqdm(list(zip(some, made)), desc=f"judging, {i} of {len(left)} done", disable=None):
             try:
-                shots = group_pictures(data, [shots_of[k] for k in load_user(users / f"{row['user']}.pt")["shots"][0]])
+                shots = group_pictures(data, rows(load_user(users / f"{row['user']}.pt")["shots"][0]))
                 real = read_pictures(data, row)[::1 if row["preferred"] == 0 else -1]
             except BadInput as problem:
                 print(f"person {row['user']} is left out: {problem}", file=sys.stderr)
@@ -846,6 +894,8 @@ def judge(args):
             else:
                 answers, _ = write(vlm, [text] * 4, asked)
             line = dict(kind=kind, user=row["user"], pictures=verdict(*answers[:2]), real=verdict(*answers[2:]))
+            if taste:
+                line["truth"] = float(wins(*tiny.utility(taste([row["user"]]).numpy(), [ours, theirs])))
             done[kind, row["user"]] = line
             sheet += [(f"{row['user']}, {kind}: {line['pictures']}", row["caption"], theirs, ours)] if len(sheet) < 8 else []
             with open(journal, "a") as file:
@@ -854,23 +904,25 @@ def judge(args):
     for name in ("seen", "unseen", "all"):
         result["people"][name] = counted([line["pictures"] for line in done.values() if name in (line["kind"], "all")])
     result["accuracy"] = counted([line["real"] for line in done.values()])
+    if taste:
+        result["truth"] = {name: rate([line["truth"] for line in done.values() if name in (line["kind"], "all")]) for name in result["people"]}
     pictures = {}  # if nothing was left to judge they are there already
     if sheet:
         names, _, theirs, ours = zip(*sheet)
         pictures["judge"] = grid([theirs, ours], ["base", "theirs"], [name.replace(", ", "\n") for name in names])
-    known = json.loads((out / "evaluation.json").read_text()).get("people") if (out / "evaluation.json").exists() else None
     if all(r["n"] for r in result["people"].values()):
-        series = {"by the true taste": [(known["people"][k]["win_rate"], known["people"][k]["ci95"]) for k in result["people"]]} if known else {}
+        series = {"by the true taste": [(r["rate"], r["ci95"]) for r in result["truth"].values()]} if taste else {}
         series |= {f"by the judge, {Path(args.judge).name}": [(r["rate"], r["ci95"]) for r in result["people"].values()]}
         pictures["figure_5"] = bars("Win rate over the base, with 95% intervals", list(result["people"]), series, "win rate")
     report(args, result, pictures)
 
 
 def judge_table(result):
-    table = ["| people | win rate over base | 95% | judged | inconsistent | unparsable |", "|---|---|---|---|---|---|"]
+    table = ["| people | win rate over base, judged | 95% | judged | inconsistent | unparsable | by the true taste | n |", "|---|---|---|---|---|---|---|---|"]
     for name, r in dict(result["people"], accuracy=result["accuracy"]).items():
-        rated = f"{r['rate']:.3f} | {between(r)} | {r['n']}" if r["n"] else "- | - | 0"
-        table.append(f"| {'the judge on real choices' if name == 'accuracy' else name} | {rated} | {r['inconsistent']} | {r['unparsable']} |")
+        rated, truth = f"{r['rate']:.3f} | {between(r)} | {r['n']}" if r["n"] else "- | - | 0", result.get("truth", {}).get(name)
+        table.append(f"| {'the judge on real choices' if name == 'accuracy' else name} | {rated} | {r['inconsistent']} | {r['unparsable']} | "
+                     + (f"{truth['rate']:.3f} ({between(truth)}) | {truth['n']} |" if truth else "- | - |"))
     return "\n".join(table)
 
 

@@ -26,6 +26,8 @@ RECIPES = {
     "full": dict(batch=768, micro=8, lr=1e-5, beta=1.0, t_min=0.001, max_steps=None, warmup=20, decay="constant", tokens=4, token_dim=1024),
 }
 
+RECIPE = ("batch", "lr", "beta", "t_min", "max_steps", "warmup", "decay", "clip", "user_drop", "noise", "tokens", "token_dim", "bias_free", "seed", "dtype", "only")  # goes into the header
+
 
 def arguments(argv=None):
     p = argparse.ArgumentParser(prog="train.py", usage=argparse.SUPPRESS, description=__doc__,
@@ -296,7 +298,8 @@ def run(args):
 
     def save(step):
         if rank == 0:
-            header = dict(base=args.base, grid=args.grid, reader=reader, objective=args.objective, beta=args.beta, step=step, seed=args.seed, users=args.users)
+            header = dict(base=args.base, grid=args.grid, reader=reader, objective=args.objective, beta=args.beta, step=step, seed=args.seed, users=args.users,
+                          recipe={key: config[key] for key in RECIPE})
             adapter.save(out / "adapter.safetensors", **header)
             state = dict(step=step, config=config, adapter=adapter.state_dict(), optimizer=optimizer.state_dict())
             write_atomically(out / "state.pt", lambda path: torch.save(state, path))
@@ -366,7 +369,7 @@ def load_state(path, config):
     except Exception as error:
         raise BadInput(f"{path}: cannot resume from it ({type(error).__name__})") from None
     for key in config:
-        if before.get(key) != config[key]:
+        if before.get(key, config[key]) != config[key]:  # a run of an earlier version has fewer
             raise BadInput(f"--resume: --{key.replace('_', '-')} is {config[key]}, but the run in {path.parent} was started with {before.get(key)}")
     return state
 

@@ -214,7 +214,7 @@ def test_the_whole_way(full_run, hub):
     assert len(pictures) == 4 and Image.open(pictures[0]).size == (256, 256) and '"prompt": "\\"a red star\\" on a wall"' in " ".join(Image.open(p).text["ppd"] for p in pictures)
     result = json.loads((out / "run-onehot" / "evaluation.json").read_text())
     assert result["rewards"]["models"] == {k: embed.REWARDS[k][0] for k in ("clip", "aesthetic", "hps")}
-    assert all(v["n"] == 2 for v in result["rewards"]["rewards"].values()) and "fidelity" not in result["rewards"]
+    assert all(v["base"]["n"] == 2 for v in result["rewards"]["figure_3"].values()) and "fidelity" not in result["rewards"]["table_1"]["PPD"]
     judged = json.loads((out / "run" / "evaluation.json").read_text())["judge"]
     assert judged["judge"] == VLM and all(judged["people"]["all"][k] + judged["people"]["all"]["n"] <= 6 for k in ("inconsistent", "unparsable"))
 

@@ -16,6 +16,7 @@ from ppd import UserAdapter
 from sample import generate, load_base, standardised
 
 RESULTS = ROOT / "assets" / "results.json"
+METHODS = ("base", "Diffusion-DPO", "SFT", "PPD", "one Diffusion-DPO a reward")
 
 
 @pytest.fixture
@@ -48,13 +49,13 @@ def runs(world, people, tmp_path_factory):
 def test_table_1_and_figure_3(runs, world, tmp_path, here, capsys):
     flags = ["--adapter", runs[0], "--baselines", tmp_path / "baselines", "--n", 6]
     result = evaluated("rewards", *flags, out=tmp_path / "out")
-    methods = ["base", "Diffusion-DPO", "SFT", "PPD", "one Diffusion-DPO a reward"]
-    assert list(result["table_1"]) == methods and all(result["table_1"][m][r]["n"] == 6 for m in methods for r in ("light", "warm", "large"))
-    assert list(result["figure_3"]["warm"]) == [m for m in methods if m != "PPD"]
-    assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"rewards.png", "figure_3.png", "table_1.png"}
+    assert set(result["table_1"]) == set(METHODS) and all(result["table_1"][m][r]["n"] == 6 for m in METHODS for r in ("light", "warm", "large"))
+    assert set(result["figure_3"]["warm"]) == set(METHODS) - {"PPD"}
+    assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"rewards.png", "figure_3.png"}
     headers = {p.name: UserAdapter.load(p).header for p in (tmp_path / "baselines").iterdir()}
     assert {n: h["objective"] for n, h in headers.items()} == {"dpo": "dpo", "sft": "sft", "dpo-light": "dpo", "dpo-warm": "dpo", "dpo-large": "dpo"}
-    assert all(h["step"] == 2 and h["beta"] == 6 for h in headers.values())
+    same = UserAdapter.load(runs[0]).header["recipe"]
+    assert all(h["step"] == 2 and h["recipe"] | dict(only=None) == same for h in headers.values()) and headers["dpo-warm"]["recipe"]["only"] == ["warm"]
     rows = [json.loads(line) for line in (tmp_path / "baselines" / "dpo" / "train.jsonl").read_text().splitlines()]
     own, _ = embed.read_pairs(world[1].with_name("users-own"))
     original = {r["ranking_id"]: r["preferred"] for r in embed.split_rows(embed.read_rows(world[0]), 0.1, 0.2, 0.25)[0]}
@@ -62,6 +63,9 @@ def test_table_1_and_figure_3(runs, world, tmp_path, here, capsys):
     capsys.readouterr()
     assert evaluated("rewards", *flags, out=tmp_path / "out")["table_1"] == result["table_1"]
     assert "steps = " not in capsys.readouterr().out  # what is there is not trained again
+    train.main(["--users", str(world[1]), "--out", str(tmp_path / "other"), "--max-steps", "2", "--batch", "8", "--beta", "3", "--preview-every", "0"])
+    with pytest.raises(SystemExit, match="dpo: trained with beta 6.0, but .* is to be compared with 3.0; choose another --baselines"):
+        evaluate.main(["rewards", "--adapter", str(tmp_path / "other"), "--baselines", str(tmp_path / "baselines")])
 
 
 def test_one_reward_only(runs, world, tmp_path, capsys):
@@ -72,30 +76,32 @@ def test_one_reward_only(runs, world, tmp_path, capsys):
 
 def test_figure_4(runs, tmp_path):
     result = evaluated("interpolate", "--adapter", runs[0], "--n", 3, out=tmp_path)
-    assert len(result["edges"]) == 6 and all(len(e["mean"]) == 11 and e["n"] == 3 for e in result["edges"]) and len(result["map"]) == 36
+    assert len(result["edges"]) == 6 and all(len(e["means"]) == 11 and e["n"] == 3 for e in result["edges"]) and len(result["map"]) == 36
     assert all(sum(p["weights"].values()) == pytest.approx(1) for p in result["map"])
     at = {tuple(p["weights"].values()): p["means"] for p in result["map"]}
     along = next(e for e in result["edges"] if e["edge"] == ["light", "large"] and e["reward"] == "large")
-    assert along["mean"] == [at[round(1 - w / 10, 10), 0, w / 10]["large"] for w in range(11)]
+    assert along["means"] == [at[round(1 - w / 10, 10), 0, w / 10]["large"] for w in range(11)]
 
 
 def test_couples(runs, tmp_path):
     result = evaluated("interpolate", "--adapter", runs[1], "--n", 4, out=tmp_path)
-    assert all(len(result[who]["mean"]) == 11 and result[who]["n"] == 4 for who in ("one", "other"))
+    assert all(len(result[who]["means"]) == 11 and result[who]["n"] == 4 for who in ("one", "other"))
 
 
 def test_figure_2(tmp_path):
     script("tiny.py", "data", "--out", tmp_path / "data", "--users", 24, "--pairs", 90, "--seed", 3)
-    for folder, *how in (("users",), ("after", "--layer", "-1")):
-        script("embed.py", "--data", tmp_path / "data", "--users", tmp_path / folder, "--groups", 20, *(how or ["--layer", "all"]),
+    for folder, *how in (("users", "--layer", "all"), ("after", "--profile")):
+        script("embed.py", "--data", tmp_path / "data", "--users", tmp_path / folder, "--groups", 13, *how,
                *("--test-captions", 0, "--validation-captions", 0, "--unseen-users", 0))
     result = evaluated("classify", "--users", tmp_path / "users", "--profile-users", tmp_path / "after", out=tmp_path / "out")
-    assert len(result["states"]) == 6 and 20 <= result["people"] <= 24
+    assert list(result["states"]) == [f"prompt, layer {k}" for k in range(5)] + ["profile, layer -1"] and 20 <= result["people"] <= 24
     for row in (*result["states"].values(), *result["ceilings"].values()):
         assert [r["n"] for r in row.values()] == [result["people"]] * 5 and sorted(r["rate"] for r in row.values()) == [r["rate"] for r in row.values()]
     at = lambda row, k: row[str(k)]["rate"]
     assert at(result["ceilings"]["a perfect reader of the four choices"], 4) <= at(result["ceilings"]["the true taste"], 4) + 0.1
-    assert at(result["states"]["prompt, layer 4"], 4) > result["chance"]["4"]
+    assert at(result["states"]["prompt, layer 4"], 4) > result["chance"]["4"] == pytest.approx(at(result["states"]["prompt, layer 0"], 4), abs=1e-4)
+    with pytest.raises(SystemExit, match="expected a person read after the profile from the same choices"):
+        evaluate.main(["classify", "--users", str(tmp_path / "users"), "--profile-users", str(tmp_path / "users")])
 
 
 def test_classifier_on_what_can_and_cannot_be_told():
@@ -119,7 +125,7 @@ def test_ablations(people, tmp_path, here, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "SEEDS", (0, 1))
     flags = ["--users", people[1], "--train-steps", 1, "--n", 4, "--dtype", "bfloat16"]
     result = evaluated("ablations", *flags, out=tmp_path)
-    assert list(result["changes"]) == list(evaluate.ABLATIONS) and all(len(r["gain_by_seed"]) == 2 and r["fidelity"]["n"] == 8 for r in result["changes"].values())
+    assert list(result["changes"]) == list(evaluate.ABLATIONS) and all(len(r["gain_by_seed"]) == 2 and r["fidelity"]["n"] == 4 for r in result["changes"].values())
     assert result["changes"]["default"]["against_default"]["mean"] == 0
     assert not UserAdapter.load(tmp_path / "projector-without-biases-0").bias and UserAdapter.load(tmp_path / "1-shot-1").header["seed"] == 1
     one = [len(g) for f in people[1].with_name("users-1shot").glob("*.pt") for g in evaluate.load_user(f)["shots"]]
@@ -128,7 +134,7 @@ def test_ablations(people, tmp_path, here, monkeypatch, capsys):
     (tmp_path / "1-shot-0" / "scores.json").unlink()  # as if killed there: nothing else is done again
     assert evaluated("ablations", *flags, out=tmp_path)["changes"] == result["changes"]
     assert "steps = " not in capsys.readouterr().out  # its training had finished
-    with pytest.raises(SystemExit, match="is of other people, steps, --seed or --dtype"):
+    with pytest.raises(SystemExit, match="scores.json is of other seed: 10000, not 1"):
         evaluate.main(["ablations", *map(str, flags), "--seed", "1", "--out", str(tmp_path)])
 
 
@@ -136,6 +142,9 @@ def test_numbers():
     rising = np.array([[1.0, 2.0], [2.0, 3.0], [3.0, 1.0], [4.0, 9.0]])
     assert evaluate.spearman(np.arange(4), rising)["spearman"] == pytest.approx(0.8)  # means 1.5, 2.5, 2, 6: one neighbouring pair swapped
     assert evaluate.spearman(np.arange(4), -np.arange(4)[:, None] * np.ones((4, 3)))["spearman"] == -1
+    assert evaluate.spearman(np.arange(11), np.zeros((11, 5))) == dict(spearman=0, n=5, ci95=[0, 0])  # what does nothing earns nothing
+    tied = evaluate.spearman(np.arange(4), np.array([0, 1, 1, 1])[:, None] * np.ones((4, 2)))["spearman"]
+    assert tied == pytest.approx(0.7746, abs=1e-4)  # scipy.stats.spearmanr
     m = evaluate.mean([1, 2, 3, 4])
     assert m["mean"] == 2.5 and m["ci95"][1] - 2.5 == pytest.approx(1.96 * np.sqrt(5 / 3) / 2, abs=1e-3)
     assert evaluate.wins([1, 2, 3], [1, 3, 2]).tolist() == [0.5, 0, 1]
@@ -144,13 +153,11 @@ def test_numbers():
 @pytest.mark.parametrize("argv, line", [
     ("profiles --adapter assets/ppd", "profiles wants --baselines FOLDER"),
     ("classify --users nowhere", "--users nowhere: no pairs.parquet there; run embed.py first"),
-    ("interpolate --adapter assets/ppd --users {people}", "true tastes are known of drawn people only"),
+    ("people --adapter assets/ppd --data data --users {people}", "true tastes are known of drawn people only"),
     ("ablations --train-steps 0", "--train-steps 0: expected 1 or more"),
 ])
-def test_one_clear_line(argv, line, people, tmp_path, capsys):
-    data = tmp_path / "elsewhere"
-    data.mkdir()
-    argv = argv.format(people=people[1]).split() + (["--data", str(data)] if "{" in argv else [])
+def test_one_clear_line(argv, line, people, capsys):
+    argv = argv.format(people=people[1]).split()
     with pytest.raises(SystemExit) as stop:
         evaluate.main(argv)
     said = capsys.readouterr().err + str(stop.value.code)

@@ -220,9 +220,9 @@ def test_evaluate_rewards_small(world, trained, tmp_path):
     evaluate.main(["rewards", "--adapter", str(trained), "--n", "8", "--steps", "2", "--out", str(tmp_path)])
     first = json.loads((tmp_path / "evaluation.json").read_text())
     for name in ("light", "warm", "large"):
-        r = first["rewards"]["rewards"][name]
-        assert r.keys() == {"win_rate", "n", "ci95", "mean_user", "mean_base"} and r["n"] == 8 and r["ci95"][0] <= r["win_rate"] <= r["ci95"][1]
-    assert first["rewards"]["fidelity"]["base"]["n"] == 8 and first["rewards"]["fidelity"]["ppd"]["n"] == 24
+        r = first["rewards"]["figure_3"][name]["base"]
+        assert r.keys() == {"win_rate", "n", "ci95", "mean", "mean_other"} and r["n"] == 8 and r["ci95"][0] <= r["win_rate"] <= r["ci95"][1]
+    assert all(first["rewards"]["table_1"][method]["fidelity"]["n"] == 8 for method in ("base", "PPD"))
     assert first["rewards"]["made"]["command"].startswith("python evaluate.py rewards --adapter")
     (tmp_path / "evaluation.json").write_text(json.dumps(first | dict(other=1)))
     evaluate.main(["rewards", "--adapter", str(trained), "--n", "8", "--steps", "2", "--out", str(tmp_path)])
@@ -269,7 +269,7 @@ BAD = [  # script, arguments, what its one line says; {w} is the test's folder, 
     ("evaluate", "rewards --adapter {w}/nowhere", "nowhere: no such file or folder"),
     ("evaluate", "rewards --adapter assets/onehot --users {w}/empty", "no pairs.parquet there"),
     ("sample", "--prompts {w}/latin.txt", "not a UTF-8 text file"),
-    ("evaluate", "rewards --adapter assets/onehot --n 0", "--n 0: expected 1 or more"),
+    ("evaluate", "rewards --adapter assets/onehot --n 0", "--n 0: expected 2 or more"),
     ("embed", "--data no/such --users {w}/a", "--data no/such: no such folder here, and no such dataset on the hub"),
     ("embed", "--vlm no/such --pairs {w}/me.jsonl --out {w}/a/me.pt", "me.jsonl: not a readable text file"),
     ("embed", "--pairs {w}/me.jsonl", "--pairs JSONL and --out FILE.pt go together"),

@@ -178,7 +178,7 @@ def test_train_sample_and_evaluate_real_people(people, tmp_path):
     kinds = result["people"]
     assert -1 < result["readout"]["mean"] < 1 and result["own_over_other"]["n"] == 6 and kinds["all"]["n"] == 12
     assert kinds.keys() == {"seen", "unseen", "all", "other_user", "zero", "true_taste"}
-    assert all(r.keys() == {"win_rate", "n", "ci95", "mean_user", "mean_base"} and r["n"] in (6, 12) for r in kinds.values())
+    assert all(r.keys() == {"win_rate", "n", "ci95", "mean", "mean_other"} and r["n"] in (6, 12) for r in kinds.values())
     assert result["fidelity"]["base"]["n"] == result["fidelity"]["ppd"]["n"] == 12 and (run / "people.png").exists()
 
 
