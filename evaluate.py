@@ -108,8 +108,8 @@ def rate(right):
 def mean(values):
     """Numbers -> their mean, n, and its 95% interval by the normal approximation."""
     values = np.asarray(values, np.float64)
-    half = 1.96 * values.std(ddof=1) / len(values)**0.5
-    return dict(mean=round(values.mean(), 4), n=len(values), ci95=[round(values.mean() - half, 4), round(values.mean() + half, 4)])
+    middle, half = float(values.mean()), 1.96 * float(values.std(ddof=1)) / len(values)**0.5
+    return dict(mean=round(middle, 4), n=len(values), ci95=[round(middle - half, 4), round(middle + half, 4)])
 
 
 def wins(ours, theirs):
@@ -710,8 +710,8 @@ def ablations(args):
     for change in ABLATIONS:
         of = {kind: np.stack([values[change, seed][kind] for seed in SEEDS]) for kind in ("base", "own", "other", "fidelity")}
         gains, default = of["own"] - of["base"], np.stack([values["default", seed]["own"] - values["default", seed]["base"] for seed in SEEDS])
-        result[change] = dict(win_rate=mean(wins(of["own"], of["base"]).mean(0)), own_over_other=mean(wins(of["own"], of["other"]).mean(0)), gain=mean(gains.mean(0)),
-                              against_default=mean((gains - default).mean(0)), gain_by_seed=gains.mean(1).round(3).tolist(), fidelity=mean(of["fidelity"].mean(0)))
+        result[change] = dict(win_rate=rate(wins(of["own"], of["base"]).mean(0)), own_over_other=rate(wins(of["own"], of["other"]).mean(0)), gain=mean(gains.mean(0)),
+                              against_default=mean((gains - default).mean(0)), gain_by_seed=gains.mean(1).round(3).tolist(), fidelity=rate(of["fidelity"].mean(0)))
     series = {"true reward gained over the base": [(r["gain"]["mean"], r["gain"]["ci95"]) for r in result.values()]}
     chart = bars("One change at a time from the default", [change.replace(" ", "\n") for change in result], series, "true reward gained", low=min(
         0.0, *(r["gain"]["ci95"][0] for r in result.values())), high=max(r["gain"]["ci95"][1] for r in result.values()), line=result["default"]["gain"]["mean"], wide=860)
@@ -722,7 +722,7 @@ def ablations_table(result):
     n = result["changes"]["default"]["gain"]["n"]
     table = [f"| change, n = {n} people | win rate over base | own over another's | reward gained | by seed | against the default | colour and shape |", "|---|---|---|---|---|---|---|"]
     for change, r in result["changes"].items():
-        rated = lambda key: f"{r[key]['mean']:.3f} ({between(r[key])})"
+        rated = lambda key: f"{r[key]['rate']:.3f} ({between(r[key])})"
         table.append(f"| {change} | {rated('win_rate')} | {rated('own_over_other')} | {give(r['gain'])} | {', '.join(f'{g:+.2f}' for g in r['gain_by_seed'])} | "
                      f"{'' if change == 'default' else give(r['against_default'])} | {rated('fidelity')} |")
     return "\n".join(table)

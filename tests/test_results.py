@@ -188,9 +188,11 @@ def test_claims_of_the_results():
     assert all(e["spearman"] >= 0.95 and e["n"] >= 64 for e in r["interpolate"]["edges"])
     best = r["classify"]["states"]["prompt, layer 4"]["16"]
     assert best["ci95"][0] > 2 * r["classify"]["chance"]["16"]
-    for key in ("people", "rewards"):
-        f = r[key]["fidelity"]
-        assert f["ppd"]["rate"] >= f["base"]["rate"] - 0.05
+    kept = [(r["people"]["fidelity"][arm], r["rewards"]["table_1"][method]["fidelity"]) for arm, method in (("base", "base"), ("ppd", "PPD"))]
+    assert all(ours["rate"] >= base["rate"] - 0.05 for base, ours in zip(*kept))
+    means = r["rewards"]["table_1"]
+    assert all(means["base"]["light"]["mean"] < means[m]["light"]["mean"] < means["PPD"]["light"]["mean"] for m in ("Diffusion-DPO", "SFT"))
+    assert means["one Diffusion-DPO a reward"]["large"]["mean"] < means["SFT"]["large"]["mean"]  # where the order does not hold, the README says so
 
 
 def test_a_shipped_adapter_scores_as_it_did():
