@@ -143,6 +143,11 @@ def give(r):
     return f"{r['mean']:+.2f} ({between(r, '+.2f')})"
 
 
+def rated(r):
+    """A rate with its interval, as tables show it."""
+    return f"{r['rate']:.3f} ({between(r)})"
+
+
 def said(f):
     return (f"Colour and shape as the caption says: base {f['base']['rate']:.3f} ({between(f['base'])}, n = {f['base']['n']}), "
             f"personalised {f['ppd']['rate']:.3f} ({between(f['ppd'])}, n = {f['ppd']['n']}).")
@@ -195,12 +200,18 @@ def rows_by_id(data):
     return look
 
 
-def with_people(args):
-    """An adapter for people -> it, their folder, the pairs and the data folder they are of."""
+def read_run(args):
+    """The adapter, the folder and pairs of its people, and the settings these were made with, --data taking precedence."""
     adapter = UserAdapter.load(args.adapter)
     users = Path(args.users or adapter.header.get("users", "users"))
     pairs, settings = read_pairs(users)
-    return adapter, users, pairs, Path(args.data or settings["data"])
+    return adapter, users, pairs, settings | dict(data=args.data or settings["data"])
+
+
+def with_people(args):
+    """An adapter for people -> it, their folder, the pairs and the data folder they are of."""
+    adapter, users, pairs, settings = read_run(args)
+    return adapter, users, pairs, Path(settings["data"])
 
 
 def held_out(users, pairs, seen, unseen):
@@ -320,23 +331,22 @@ def baseline(args, adapter, name, users, **change):
     """The adapter --baselines/<name>: trained by train.py unless it is there, for as long as `adapter` and with its settings,
     --objective and --only apart. At full scale train them beforehand, with torchrun."""
     folder, wanted = Path(args.baselines) / name, adapter.header["recipe"] | change
-    if not (folder / "adapter.safetensors").exists() or (UserAdapter.load(folder).header["step"] < wanted["max_steps"] and (folder / "state.pt").exists()):
+    ours = UserAdapter.load(folder) if (folder / "adapter.safetensors").exists() else None
+    if ours is None or (ours.header["step"] < wanted["max_steps"] and (folder / "state.pt").exists()):
         script("train.py", "--users", users, "--out", folder, "--base", adapter.header["base"], "--grid", adapter.header["grid"], "--decoder", args.decoder,
                "--device", args.device, "--preview-every", 0, "--resume", *flags_of(wanted, *wanted), *(["--data", args.data] if args.data else []))
-    header = UserAdapter.load(folder).header
-    there = header["recipe"] | dict(objective=header["objective"], max_steps=header["step"])
+        ours = UserAdapter.load(folder)
+    there = ours.header["recipe"] | dict(objective=ours.header["objective"], max_steps=ours.header["step"])
     for key, value in wanted.items():
         if there[key] != value:
             raise BadInput(f"{folder}: trained with {key} {there[key]}, but {adapter.path} is to be compared with {value}; choose another --baselines")
-    return UserAdapter.load(folder)
+    return ours
 
 
 def synthetic(args):
     """An adapter for synthetic people -> it, their folder and settings, their names in the order of the one-hot vector, --n
     prompts and seeds."""
-    adapter = UserAdapter.load(args.adapter)
-    users = Path(args.users or adapter.header.get("users", "users"))
-    pairs, settings = read_pairs(users)
+    adapter, users, pairs, settings = read_run(args)
     if (unknown := {r["user"] for r in pairs} - tiny.WORDS.keys() - REWARDS.keys()):
         raise BadInput(f"--users {users}: {sorted(unknown)[0]!r} is no reward; give a folder made by embed.py --one-hot")
     names = sorted({r["user"] for r in pairs}, key=lambda name: load_user(users / f"{name}.pt")["embedding"].flatten().argmax().item())
@@ -395,7 +405,7 @@ def rewards_table(result):
     title = lambda name: name if faithful else result["models"][name]
     table = ["| mean reward | " + " | ".join(map(title, names)) + (" | colour and shape" if faithful else "") + " |", "|---" * (1 + len(names) + faithful) + "|"]
     for method, r in result["table_1"].items():
-        kept = f" | {r['fidelity']['rate']:.3f} ({between(r['fidelity'])})" if faithful else ""
+        kept = f" | {rated(r['fidelity'])}" if faithful else ""
         table.append(f"| {method} | " + " | ".join(give(r[name]) for name in names) + kept + " |")
     n = result["table_1"]["PPD"][names[0]]["n"]
     table += ["", f"| PPD's win rate, n = {n} | " + " | ".join(map(title, names)) + " |", "|---" * (1 + len(names)) + "|"]
@@ -410,7 +420,7 @@ def rewards_table(result):
 def interpolate(args):
     """Fig. 4, and the claim that ends Sec. 5.1: of an adapter for three rewards the simplex of their weights, of one for
     people couples of unseen people."""
-    _, settings = read_pairs(args.users or UserAdapter.load(args.adapter).header.get("users", "users"))
+    *_, settings = read_run(args)
     (simplex if settings.get("one_hot") else couples)(args)
 
 
@@ -593,11 +603,10 @@ def classifier(x, who, check, test, seed, epochs=60):
 
 
 def classify_table(result):
-    cell = lambda r: f"{r['rate']:.3f} ({between(r)})"
     table = [f"| embedding, {result['people']} people | " + " | ".join(f"top {k}" for k in TOP) + " |", "|---" * (1 + len(TOP)) + "|",
              "| chance | " + " | ".join(f"{v:.3f}" for v in result["chance"].values()) + " |"]
     for name, row in (result["states"] | result.get("ceilings", {})).items():
-        table.append(f"| {name} | " + " | ".join(map(cell, row.values())) + " |")
+        table.append(f"| {name} | " + " | ".join(map(rated, row.values())) + " |")
     return "\n".join(table)
 
 
@@ -722,9 +731,8 @@ def ablations_table(result):
     n = result["changes"]["default"]["gain"]["n"]
     table = [f"| change, n = {n} people | win rate over base | own over another's | reward gained | by seed | against the default | colour and shape |", "|---|---|---|---|---|---|---|"]
     for change, r in result["changes"].items():
-        rated = lambda key: f"{r[key]['rate']:.3f} ({between(r[key])})"
-        table.append(f"| {change} | {rated('win_rate')} | {rated('own_over_other')} | {give(r['gain'])} | {', '.join(f'{g:+.2f}' for g in r['gain_by_seed'])} | "
-                     f"{'' if change == 'default' else give(r['against_default'])} | {rated('fidelity')} |")
+        table.append(f"| {change} | {rated(r['win_rate'])} | {rated(r['own_over_other'])} | {give(r['gain'])} | {', '.join(f'{g:+.2f}' for g in r['gain_by_seed'])} | "
+                     f"{'' if change == 'default' else give(r['against_default'])} | {rated(r['fidelity'])} |")
     return "\n".join(table)
 
 
@@ -863,11 +871,11 @@ def judge(args):
                seed=args.seed, steps=args.steps, guidance=args.guidance)
     journal, done = out / "judge.jsonl", {}
     if journal.exists():
-        lines = [json.loads(line) for line in journal.read_text().splitlines(True) if line.endswith("}\n")]  # a torn last line is dropped
-        if lines and lines[0] != how:
-            key = next(k for k in how if lines[0].get(k) != how[k])
-            raise BadInput(f"{journal} was begun with {key} {lines[0].get(key)}, not {how[key]}; move it away or choose another --out")
-        done = {(line["kind"], line["user"]): line for line in lines[1:]}
+        kept = [json.loads(line) for line in journal.read_text().splitlines(True) if line.endswith("}\n")]  # a torn last line is dropped
+        if kept and kept[0] != how:
+            key = next(k for k in how if kept[0].get(k) != how[k])
+            raise BadInput(f"{journal} was begun with {key} {kept[0].get(key)}, not {how[key]}; move it away or choose another --out")
+        done = {(line["kind"], line["user"]): line for line in kept[1:]}
     write_atomically(journal, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in (how, *done.values()))))
     left = [(kind, row) for kind, row in todo if (kind, row["user"]) not in done]
     vlm = load_vlm(args.judge, pick_device(args.device)) if left and not args.judge_url else None
@@ -920,9 +928,9 @@ def judge(args):
 def judge_table(result):
     table = ["| people | win rate over base, judged | 95% | judged | inconsistent | unparsable | by the true taste | n |", "|---|---|---|---|---|---|---|---|"]
     for name, r in dict(result["people"], accuracy=result["accuracy"]).items():
-        rated, truth = f"{r['rate']:.3f} | {between(r)} | {r['n']}" if r["n"] else "- | - | 0", result.get("truth", {}).get(name)
-        table.append(f"| {'the judge on real choices' if name == 'accuracy' else name} | {rated} | {r['inconsistent']} | {r['unparsable']} | "
-                     + (f"{truth['rate']:.3f} ({between(truth)}) | {truth['n']} |" if truth else "- | - |"))
+        votes, truth = f"{r['rate']:.3f} | {between(r)} | {r['n']}" if r["n"] else "- | - | 0", result.get("truth", {}).get(name)
+        table.append(f"| {'the judge on real choices' if name == 'accuracy' else name} | {votes} | {r['inconsistent']} | {r['unparsable']} | "
+                     + (f"{rated(truth)} | {truth['n']} |" if truth else "- | - |"))
     return "\n".join(table)
 
 
