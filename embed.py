@@ -17,6 +17,7 @@ import json
 import os
 import pickle
 import re
+import signal
 import sys
 import warnings
 from collections import Counter
@@ -39,7 +40,7 @@ REWARDS = {
 def arguments(argv=None):
     p = argparse.ArgumentParser(prog="embed.py", usage=argparse.SUPPRESS, description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", default="data/tiny", help="folder of parquet files in Pick-a-Pic v2's columns, or a dataset id (default: %(default)s)")
+    p.add_argument("--data", help="folder of parquet files in Pick-a-Pic v2's columns, or a dataset id (default: data/tiny)")
     p.add_argument("--users", help="folder to write (default: users, with --one-hot users-onehot)")
     p.add_argument("--pairs", metavar="JSONL", help="your own choices, at least four lines; image paths are relative to the file")
     p.add_argument("--out", help="with --pairs: the person's file to write, e.g. me.pt")
@@ -53,12 +54,17 @@ def arguments(argv=None):
     p.add_argument("--one-hot", nargs="+", metavar="REWARD", default=[],
                    help="synthetic users: relabel every pair by each reward; " + " ".join(REWARDS) + ", on the tiny world light dark warm cool large small right left "
                    "high low; own: people's own labels, for train.py --objective dpo")
+    p.add_argument("--cache-latents", action="store_true", help="encode the pictures of --users, written before, into <users>/latents for train.py")
+    p.add_argument("--base", default="tiny", help="with --cache-latents: whose latents, as for train.py (default: %(default)s)")
+    p.add_argument("--decoder", default="stabilityai/stable-cascade", help="with --cache-latents, as for train.py (default: %(default)s)")
+    p.add_argument("--grid", type=int, default=24, help="with --cache-latents, as for train.py (default: %(default)s)")
+    p.add_argument("--workers", type=int, default=0, help="with --cache-latents: processes that read pictures (default: %(default)s)")
     p.add_argument("--validation-captions", type=float, default=0.1, help="share of captions, by hash (default: %(default)s)")
     p.add_argument("--test-captions", type=float, default=0.2, help="share of captions, by hash (default: %(default)s)")
     p.add_argument("--unseen-users", type=float, default=0.25, help="share of users, by hash (default: %(default)s)")
     args = p.parse_args(argv)
     args.users = args.users or ("users-onehot" if args.one_hot else "users")
-    args.batch = args.batch or (64 if args.vlm == "tiny" else 1)
+    args.batch = args.batch or (64 if args.vlm == "tiny" or args.cache_latents else 1)
     if (args.pairs is None) != (args.out is None):
         p.error("--pairs JSONL and --out FILE.pt go together")
     if args.layer != "all":
@@ -93,13 +99,18 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import tiny
-from ppd import TINY, BadInput, hub_file, is_hub_id, load_frozen, load_user, pick_device, run_script, write_atomically
+from ppd import (TINY, BadInput, fit_pixels, hub_file, is_hub_id, load_codec, load_frozen, load_user, pick_device, reader_of, run_script, tokenise,
+                 write_atomically)
 
 COLUMNS = dict(ranking_id="an integer", user_id="an integer", caption="a string", image_0_uid="a string",
-               image_1_uid="a string", label_0="0, 0.5 or 1")
+               image_1_uid="a string", label_0="a number", jpg_0="bytes", jpg_1="bytes")  # of Pick-a-Pic v2
+KINDS = {"an integer": (pa.types.is_integer,), "a string": (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
+         "a number": (pa.types.is_floating, pa.types.is_integer), "bytes": (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)}
 
 
 # --------------------------------------------------------------------------------- what the VLM is asked (Sec. 4.2)
@@ -139,10 +150,12 @@ def read_rows(data):
     for file in files:
         try:
             reader = pq.ParquetFile(file)
-            missing = [c for c in (*COLUMNS, "jpg_0", "jpg_1") if c not in reader.schema_arrow.names]
-            if missing:
-                raise BadInput(f"{file}: column {missing[0]!r} is missing; expected Pick-a-Pic v2's columns")
-            table = reader.read(columns=list(COLUMNS)).to_pylist()
+            for column, kind in COLUMNS.items():
+                if column not in reader.schema_arrow.names:
+                    raise BadInput(f"{file}: column {column!r} is missing; expected Pick-a-Pic v2's columns")
+                if not any(fits(found := reader.schema_arrow.field(column).type) for fits in KINDS[kind]):
+                    raise BadInput(f"{file}: column {column!r} is of type {found}; expected {kind}")
+            table = reader.read(columns=[column for column in COLUMNS if KINDS[COLUMNS[column]] is not KINDS["bytes"]]).to_pylist()
         except (pa.ArrowException, OSError) as error:
             raise BadInput(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from None
         for i, row in enumerate(table):
@@ -210,12 +223,16 @@ def read_group(file, group):
     return pq.ParquetFile(file).read_row_group(group, columns=["jpg_0", "jpg_1"])
 
 
-def read_pictures(data, row):
+def read_pictures(data, row, sides=(0, 1)):
     """The two pictures of a row of read_rows or pairs.parquet. Raises BadInput naming file, row and column."""
-    starts = group_starts(Path(data) / row["file"])
-    group = int(np.searchsorted(starts, row["row"], "right")) - 1
-    table, inside = read_group(Path(data) / row["file"], group), row["row"] - starts[group]
-    return [open_image(table[c][inside].as_py(), f"{row['file']} row {row['row']} {c}") for c in ("jpg_0", "jpg_1")]
+    try:
+        starts = group_starts(Path(data) / row["file"])
+        group = int(np.searchsorted(starts, row["row"], "right")) - 1
+        table, inside = read_group(Path(data) / row["file"], group), row["row"] - starts[group]
+        jpgs = {f"jpg_{side}": table[f"jpg_{side}"][inside].as_py() for side in sides}
+    except (pa.ArrowException, OSError, LookupError) as error:
+        raise BadInput(f"{Path(data) / row['file']} row {row['row']}: cannot be read ({type(error).__name__})") from None
+    return [open_image(jpg if isinstance(jpg, bytes) else b"", f"{row['file']} row {row['row']} {c}") for c, jpg in jpgs.items()]  # a string would be a path
 
 
 def open_image(source, name):
@@ -246,7 +263,7 @@ def load_vlm(name, device):
         model = load_frozen(transformers.LlavaOnevisionForConditionalGeneration, folder, device, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
         return model, tokenizer, LlavaOnevisionImageProcessorPil.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"--vlm {name}: cannot load {folder}: {str(error).strip().splitlines()[0]}") from None
 
 
@@ -381,7 +398,7 @@ def own_person(args):
             row = json.loads(line)
             caption, *paths = (row[key] for key in ("caption", "preferred", "dispreferred"))
             assert all(isinstance(value, str) for value in (caption, *paths))
-        except (ValueError, KeyError, TypeError, AssertionError):
+        except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
             raise BadInput(f'{source} line {n}: expected {{"caption": "...", "preferred": "image file", "dispreferred": "image file"}}') from None
         shots.append((caption, *(open_image(source.parent / path, f"{source} line {n}: {path}") for path in paths)))
     if len(shots) < args.shots:
@@ -536,9 +553,18 @@ def read_pairs(folder):
         raise BadInput(f"--users {folder}: no pairs.parquet there; run embed.py first")
     try:
         table = pq.read_table(path)
-        return table.to_pylist(), json.loads(table.schema.metadata[b"ppd"])
-    except (pa.ArrowException, TypeError, KeyError, ValueError) as error:
+        rows, settings = table.to_pylist(), json.loads(table.schema.metadata[b"ppd"])
+        names, files = (table[column].unique().to_pylist() for column in ("user", "file"))
+        assert all(r["preferred"] in (0, 1) and r["groups"] is not None for r in rows) and {"caption", "row", "split", "ranking_id", "image_0_uid", "image_1_uid"} <= {*table.column_names}
+    except (pa.ArrowException, OSError, TypeError, KeyError, ValueError, AssertionError) as error:
         raise BadInput(f"{path}: not a pairs file of embed.py ({type(error).__name__})") from None
+    for name in names:  # they become file names
+        if not re.fullmatch(r"[\w-][\w.-]*", str(name)):
+            raise BadInput(f"{path}: user {name!r}; expected a name of letters, digits, '.', '_' and '-'")
+    for file in files:
+        if Path(str(file)).is_absolute() or ".." in Path(str(file)).parts:
+            raise BadInput(f"{path}: file {file!r}; expected one inside the data folder")
+    return rows, settings
 
 
 def one_hot_users(args, rows, settings):
@@ -564,9 +590,203 @@ def one_hot_users(args, rows, settings):
               f"{equal.sum()} dropped as equal, {broken.sum()} with a broken picture")
 
 
+# ------------------------------------------------------------------------------------- what train.py reads of all this
+def load_training(folder, only=None):
+    """<folder> -> its pairs, dict(train=rows, validation=rows, all=rows); {user: (groups, D) float32}, the last stored state
+    of the people in the first two; who read them (ppd.reader_of); and embed.py's settings. only: no other users' pairs."""
+    everything, settings = read_pairs(folder)
+    if only and (unknown := set(only) - {r["user"] for r in everything if r["split"] == "train"}):
+        raise BadInput(f"--only {sorted(unknown)[0]}: no such training user in {folder}")
+    rows = {split: [r for r in everything if r["split"] == split and (not only or r["user"] in only)] for split in ("train", "validation")}
+    if not rows["train"]:
+        raise BadInput(f"--users {folder}: pairs.parquet has no pair to train on")
+    people = {name: load_user(Path(folder) / f"{name}.pt") for name in sorted({r["user"] for split in rows.values() for r in split})}
+    kinds = {(user["embedding"].shape[-1], *reader_of(user)) for user in people.values()}
+    if len(kinds) > 1:
+        raise BadInput(f"--users {folder}: people of different widths or readers: {' and '.join(map(str, sorted(kinds, key=str)[:2]))}; expected one")
+    for row in (r for split in rows.values() for r in split):
+        if max(row["groups"], default=0) >= len(people[row["user"]]["embedding"]) or not row["groups"]:
+            raise BadInput(f"--users {folder}: pairs.parquet wants groups {row['groups']} of {row['user']}.pt, which has {len(people[row['user']]['embedding'])}")
+    return rows | dict(all=everything), {name: user["embedding"][:, -1] for name, user in people.items()}, list(kinds.pop()[1:]), settings
+
+
+class Pictures:
+    """The two pictures of a pair, preferred first, from the parquet files, fitted to the codec: (2, 3, side, side) uint8."""
+    kind = "pictures"
+
+    def __init__(self, data, fit):
+        self.data, self.fit = Path(data), fit
+
+    def __call__(self, row):
+        pictures = read_pictures(self.data, row)
+        return fit_pixels([pictures[row["preferred"]], pictures[1 - row["preferred"]]], *self.fit)
+
+
+class Latents:
+    """The same as latents, (2, C, h, w), from <users>/latents: those of every picture that trains or validates, written by
+    embed.py --cache-latents as safetensors shards of SHARD pictures each, in the order of `of`."""
+    SHARD, kind = 4096, "cached latents"
+
+    def __init__(self, folder, rows):
+        self.folder, self.of = Path(folder) / "latents", {}  # picture -> a row and side that show it
+        for row in sorted((r for r in rows if r["split"] in ("train", "validation")), key=lambda r: (r["file"], r["row"])):
+            for side in (0, 1):
+                self.of.setdefault(row[f"image_{side}_uid"], (row, side))
+        self.place = {uid: divmod(i, self.SHARD) for i, uid in enumerate(self.of)}
+
+    def shards(self, codec, dtype):
+        """[(file, its pictures, what its header must say)]"""
+        order = list(self.of)
+        parts = [order[k:k + self.SHARD] for k in range(0, len(order), self.SHARD)]
+        return [(self.path(k), uids, dict(codec=codec.name, shape=[len(uids), *codec.latent_shape], dtype=str(dtype),
+                                          pictures=hashlib.sha256("\n".join(uids).encode()).hexdigest()[:16])) for k, uids in enumerate(parts)]
+
+    def path(self, shard):
+        return self.folder / f"{shard:05d}.safetensors"
+
+    def __call__(self, row):
+        both = []
+        for side in (row["preferred"], 1 - row["preferred"]):
+            shard, i = self.place[row[f"image_{side}_uid"]]
+            both.append(open_shard(self.path(shard))[i:i + 1])  # reads no more than this picture's
+        if not (both := torch.cat(both)).isfinite().all():
+            raise BadInput(f"{row['file']} row {row['row']}: a picture of it was broken when latents were cached")
+        return both
+
+
+@lru_cache(None)
+def open_shard(path):
+    return safe_open(path, "pt").get_slice("latents")
+
+
+def is_shard(path, wanted):
+    """Whether a shard of latents is there. BadInput if it is another encoder's or of other pictures."""
+    if not path.exists():
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            found = json.loads((file.metadata() or {})["ppd"])
+            found["shape"] = file.get_slice("latents").get_shape()
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise BadInput(f"{path}: not a shard of latents ({type(error).__name__}); delete it and run embed.py --cache-latents again") from None
+    for key in wanted:
+        if found.get(key) != wanted[key]:
+            raise BadInput(f"{path}: latents of another {key}, {found.get(key)} and not {wanted[key]}; delete {path.parent}, or cache them again")
+    return True
+
+
+def open_pictures(folder, data, rows, codec, dtype):
+    """Latents of a users folder, every shard checked, or its Pictures if none were cached. rows: all of pairs.parquet."""
+    latents = Latents(folder, rows)
+    if latents.folder.is_dir():
+        for path, _, header in latents.shards(codec, dtype):
+            if not is_shard(path, header):
+                raise BadInput(f"{path}: this shard is missing; run embed.py --cache-latents again, it goes on where it stopped")
+        return latents
+    for file in sorted({row["file"] for row in rows}):
+        if not (Path(data) / file).is_file():
+            raise BadInput(f"--data {data}: no file {file} there; give the folder that embed.py read")
+    return Pictures(data, codec.fit)
+
+
+@lru_cache(2)
+def epoch_order(seed, epoch, n):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+class Pairs(torch.utils.data.Dataset):
+    """The pair at a position of the endless training sequence, epoch after epoch, each epoch in its own random order.
+
+    Everything random about it comes from (seed, position) alone: the same on 1 GPU or 64, however accumulated, and after
+    a resume. look: Pictures or Latents."""
+
+    def __init__(self, rows, users, look, latent_shape, seed, separate_noise, t_min):
+        self.rows, self.users, self.look = rows, users, look
+        self.latent_shape, self.seed, self.separate_noise, self.t_min = latent_shape, seed, separate_noise, t_min
+
+    def __getitem__(self, position):
+        epoch, i = divmod(position, len(self.rows))
+        order = epoch_order(self.seed, epoch, len(self.rows))
+        key = np.random.SeedSequence([self.seed, position]).generate_state(1, np.uint64)[0]
+        g = torch.Generator().manual_seed(int(key) >> 1)
+        u_time, u_drop, u_group = torch.rand(3, generator=g, dtype=torch.float64).tolist()
+        noise = torch.randn(2, *self.latent_shape, generator=g)
+        for skipped in range(100):  # a broken pair is named, and the next one of the order takes its place
+            row = self.rows[order[(i + skipped) % len(order)]]
+            try:
+                pictures = self.look(row)
+                break
+            except BadInput as problem:
+                print(f"skipped: {problem}", file=sys.stderr)
+        else:
+            raise BadInput(f"{row['file']}: 100 broken pairs one after the other")
+        return dict(caption=row["caption"], ranking_id=row["ranking_id"], pictures=pictures, t=self.t_min + (1 - self.t_min) * u_time, u_drop=u_drop,
+                    noise=noise if self.separate_noise else noise[:1].expand_as(noise),
+                    user=self.users[row["user"]][row["groups"][int(u_group * len(row["groups"]))]])  # one of the groups it may have
+
+
+def collate(pairs, tokenizer):
+    """List of B pairs -> one micro-batch of tensors; of two of a kind, (2B, ...), the preferred come first."""
+    together = lambda key: [p[key] for p in pairs]
+    halves = lambda key: torch.stack(together(key), 1).flatten(0, 1)
+    return dict(tokens=tokenise(tokenizer, together("caption")), pictures=halves("pictures"), noise=halves("noise"), user=torch.stack(together("user")),
+                t=torch.tensor(together("t")), u_drop=torch.tensor(together("u_drop")), ranking_ids=together("ranking_id"))
+
+
+def ignore_interrupts(worker):
+    """Ctrl-C is for the main process, which saves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class Shown(torch.utils.data.Dataset):
+    """Single pictures, fitted to the codec: (3, side, side) uint8, or None where one is broken, which is named."""
+
+    def __init__(self, shown, data, fit):
+        self.shown, self.data, self.fit = shown, data, fit
+
+    def __len__(self):
+        return len(self.shown)
+
+    def __getitem__(self, i):
+        row, side = self.shown[i]
+        try:
+            return fit_pixels([read_pictures(self.data, row, (side,))[0]], *self.fit)[0]
+        except BadInput as problem:
+            print(f"left out: {problem}", file=sys.stderr)
+
+
+@torch.no_grad()
+def cache_latents(args):
+    """Encode every picture that training needs, once: training then reads 18 KB a picture and touches no JPEG. Shards that
+    are there are skipped; under torchrun every process writes its share."""
+    rows, settings = read_pairs(args.users)
+    device, data = pick_device(args.device), Path(args.data or settings["data"])
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16  # the base's
+    codec, latents = load_codec(args.base, device, dtype, args.decoder, args.grid), Latents(args.users, rows)
+    rank, world, broken = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), 0
+    for path, uids, header in tqdm(latents.shards(codec, dtype)[rank::world], desc="encoding pictures", unit="shard", disable=None):
+        if is_shard(path, header):
+            continue
+        parts = []
+        shown = Shown([latents.of[uid] for uid in uids], data, codec.fit)
+        for some in torch.utils.data.DataLoader(shown, args.batch, num_workers=args.workers, collate_fn=list):
+            good = [i for i, pixels in enumerate(some) if pixels is not None]
+            part = torch.full((len(some), *codec.latent_shape), torch.nan, dtype=dtype)
+            if good:
+                part[good] = codec.encode(torch.stack([some[i] for i in good]).to(device).float() / 255).to(dtype).cpu()
+            parts.append(part)
+            broken += len(some) - len(good)
+        latents.folder.mkdir(exist_ok=True)
+        write_atomically(path, lambda temporary: save_file(dict(latents=torch.cat(parts)), temporary, {"ppd": json.dumps(header)}))
+    print(f"-> {latents.folder}: {len(latents.of)} pictures of {codec.latent_shape} {str(dtype)[6:]}" + f", {broken} broken" * bool(broken))
+
+
 def run(args):
     if args.pairs:
         return own_person(args)
+    if args.cache_latents:
+        return cache_latents(args)
+    args.data = args.data or "data/tiny"
     if is_hub_id(args.data) and args.data != "data/tiny":
         from huggingface_hub import snapshot_download
         try:
@@ -574,7 +794,7 @@ def run(args):
         except (OSError, ValueError) as error:
             raise BadInput(f"--data {args.data}: no such folder here, and no such dataset on the hub ({str(error).strip().splitlines()[0]}). "
                            "Pick-a-Pic's original is gone from there: give your own copy's parquet folder") from None
-    settings = {k: v for k, v in vars(args).items() if k not in ("users", "pairs", "out", "batch", "device")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("users", "pairs", "out", "batch", "device", "cache_latents", "base", "decoder", "grid", "workers")}
     if (Path(args.users) / "pairs.parquet").exists():
         before = read_pairs(args.users)[1]
         if before != settings:

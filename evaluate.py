@@ -89,7 +89,7 @@ from tqdm import tqdm
 
 import tiny
 from embed import ANSWER, REWARDS, SYSTEM, group_pictures, load_vlm, prompt, read_pairs, read_people, read_pictures, read_rows, score, share, write
-from ppd import BadInput, UserAdapter, load_user, pick_device, run_script, write_atomically
+from ppd import BadInput, UserAdapter, load_user, pick_device, read_jsonl, run_script, write_atomically
 from sample import generate, grid, load_base, read_prompts, standardised
 
 
@@ -153,13 +153,23 @@ def said(f):
             f"personalised {f['ppd']['rate']:.3f} ({between(f['ppd'])}, n = {f['ppd']['n']}).")
 
 
+def read_json(path):
+    """A .json file that holds a dict. BadInput if it does not."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        assert isinstance(found, dict)
+    except (ValueError, RecursionError, AssertionError):
+        raise BadInput(f"{path}: not a JSON object; move it away") from None
+    return found
+
+
 def report(args, result, pictures, key=None):
     """Put the result under the subcommand's key of evaluation.json, with the command, seconds and machine that made it, and
     its table into evaluation.md; save pictures {name: image}; print the table."""
     out, key = Path(args.out), key or args.command
     out.mkdir(parents=True, exist_ok=True)
     path = out / "evaluation.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
+    before = read_json(path) if path.exists() else {}
     device = torch.cuda.get_device_name() if args.device != "cpu" and torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     made = dict(command=shlex.join(["python", "evaluate.py", *args.argv]), seconds=round(time.time() - args.began),
                 machine=f"{platform.system()} {platform.machine()}, {device}", torch=torch.__version__)
@@ -179,7 +189,7 @@ def true_tastes(data):
     path = Path(data) / "people.json"
     if not path.is_file():
         raise BadInput(f"--data: no {path}; true tastes are known of drawn people only. Of others ask evaluate.py judge")
-    told = json.loads(path.read_text())
+    told = read_json(path)
 
     def look(kind, names):
         for name in names:
@@ -332,7 +342,7 @@ def baseline(args, adapter, name, users, **change):
     --objective and --only apart. At full scale train them beforehand, with torchrun."""
     folder, wanted = Path(args.baselines) / name, adapter.header["recipe"] | change
     ours = UserAdapter.load(folder) if (folder / "adapter.safetensors").exists() else None
-    if ours is None or (ours.header["step"] < wanted["max_steps"] and (folder / "state.pt").exists()):
+    if ours is None or (ours.header["step"] < wanted["max_steps"] and list(folder.glob("state*.pt"))):
         script("train.py", "--users", users, "--out", folder, "--base", adapter.header["base"], "--grid", adapter.header["grid"], "--decoder", args.decoder,
                "--device", args.device, "--preview-every", 0, "--resume", *flags_of(wanted, *wanted), *(["--data", args.data] if args.data else []))
         ours = UserAdapter.load(folder)
@@ -709,9 +719,9 @@ def ablations(args):
             scores = {kind: tiny.utility(taste, pictures).tolist() for kind, pictures in made.items()}
             scores |= dict(how=how, fidelity=tiny.fidelity(made["own"], captions), seconds=time.time() - began)
             write_atomically(folder / "scores.json", lambda path: path.write_text(json.dumps(scores)))
-        scores = json.loads((folder / "scores.json").read_text())
-        if different := [key for key in how if scores["how"][key] != how[key]]:
-            raise BadInput(f"{folder}/scores.json is of other {different[0]}: {scores['how'][different[0]]}, not {how[different[0]]}; move it away or choose another --out")
+        scores = read_json(folder / "scores.json")
+        if different := [key for key in how if scores.get("how", {}).get(key) != how[key]]:
+            raise BadInput(f"{folder}/scores.json is of other {different[0]}: {scores.get('how', {}).get(different[0])}, not {how[different[0]]}; move it away or choose another --out")
         seconds += scores["seconds"]
         values[change, seed] = {kind: np.array(scores[kind]) for kind in ("base", "own", "other", "fidelity")}
     args.began = time.time() - seconds  # all runs count, whenever they were made
@@ -871,10 +881,12 @@ def judge(args):
                seed=args.seed, steps=args.steps, guidance=args.guidance)
     journal, done = out / "judge.jsonl", {}
     if journal.exists():
-        kept = [json.loads(line) for line in journal.read_text().splitlines(True) if line.endswith("}\n")]  # a torn last line is dropped
+        kept = read_jsonl(journal)
         if kept and kept[0] != how:
             key = next(k for k in how if kept[0].get(k) != how[k])
             raise BadInput(f"{journal} was begun with {key} {kept[0].get(key)}, not {how[key]}; move it away or choose another --out")
+        if broken := [n for n, line in enumerate(kept[1:], 2) if not {"kind", "user"} <= line.keys()]:
+            raise BadInput(f"{journal} line {broken[0]}: no judgement; move the file away or choose another --out")
         done = {(line["kind"], line["user"]): line for line in kept[1:]}
     write_atomically(journal, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in (how, *done.values()))))
     left = [(kind, row) for kind, row in todo if (kind, row["user"]) not in done]
@@ -944,11 +956,15 @@ TABLES = dict(people=people_table, judge=judge_table, rewards=rewards_table, int
               classify=classify_table, profiles=profiles_table, ablations=ablations_table)
 
 
+def run(args):
+    args.began, path = time.time(), Path(args.out) / "evaluation.json"
+    if path.exists():
+        read_json(path)  # a broken one is better known now than after the work
+    globals()[args.command](args)  # one of COMMANDS
+
+
 def main(argv=None):
-    args = arguments(argv)
-    args.began = time.time()
-    commands = dict(people=people, judge=judge, rewards=rewards, interpolate=interpolate, classify=classify, profiles=profiles, ablations=ablations)
-    run_script("evaluate.py", commands[args.command], args)
+    run_script("evaluate.py", run, arguments(argv))
 
 
 if __name__ == "__main__":

@@ -99,8 +99,8 @@ class UserAdapter(nn.Module):
         layers = attention_layers(prior)
         if (widths := [layer.to_q.in_features for layer in layers]) != self.channels:
             raise BadInput(f"{self.path} is for a base with {shape_of(self.channels)}; this base has {shape_of(widths)}")
-        for index, layer in enumerate(layers):
-            layer.set_processor(UserAttnProcessor(self, index))
+        for layer, to_k, to_v in zip(layers, self.to_k, self.to_v):
+            layer.set_processor(UserAttnProcessor(self, to_k, to_v))
         return self.to(next(prior.parameters()).device)
 
     def save(self, path, **header):
@@ -126,10 +126,13 @@ class UserAdapter(nn.Module):
         if header.get("format") != "ppd-adapter-1":
             raise BadInput(f"{path}: no PPD adapter (its header says format {header.get('format')!r})")
         try:
-            adapter = cls(header["user_dim"], header["channels"], header["tokens"], header["token_dim"], header.get("bias", True))
-            adapter.to(next(iter(state.values())).dtype).load_state_dict(state)  # strict: every key, every shape
-        except (KeyError, TypeError, RuntimeError, StopIteration) as error:
-            raise BadInput(f"{path}: header and tensors do not fit: {' '.join(str(error).split())}") from None
+            with torch.device("meta"):  # no memory yet, whatever size the header says
+                adapter = cls(header["user_dim"], header["channels"], header["tokens"], header["token_dim"], header.get("bias", True))
+            adapter.load_state_dict(state, assign=True)  # strict: every key, every shape
+            if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+                raise ValueError(f"{broken[0]} is not finite")
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise BadInput(f"{path}: header and tensors do not fit: {' '.join(str(error).split())[:200]}") from None
         adapter.path, adapter.header = path, header
         return adapter
 
@@ -138,6 +141,14 @@ def attention_layers(prior):
     """Every attention layer of Stage C: there is no separate text cross-attention, one softmax covers both the picture's
     own positions and the condition tokens (85 at full scale), so these are the paper's "each cross-attention layer"."""
     return [block.attention for block in prior.modules() if type(block).__name__ == "SDCascadeAttnBlock"]
+
+
+def compile_blocks(prior):
+    """torch.compile every block of Stage C: one graph for each kind of block and use, not one for each block."""
+    torch._dynamo.config.recompile_limit = 64  # with and without a user, gradient, skip connection; training's and preview's shapes
+    for block in prior.modules():
+        if type(block).__name__ in ("SDCascadeResBlock", "SDCascadeAttnBlock", "SDCascadeTimestepBlock"):
+            block.compile(dynamic=False)
 
 
 def shape_of(channels):
@@ -152,8 +163,8 @@ class UserAttnProcessor:
     the UNet's state dict, and freezing or casting the UNet would freeze or cast the adapter.
     """
 
-    def __init__(self, adapter, index):
-        self.adapter, self.index = adapter, index
+    def __init__(self, adapter, to_k, to_v):
+        self.adapter, self.to_k, self.to_v = adapter, to_k, to_v  # W'_k and W'_v of this layer
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
         b, c, h, w = hidden_states.shape
@@ -164,8 +175,8 @@ class UserAttnProcessor:
         out = F.scaled_dot_product_attention(q, k, v)
         if self.adapter.active is not None:
             tokens, scale = self.adapter.active  # (B', L, d), B' divides B
-            user_k = heads(self.adapter.to_k[self.index](tokens)).to(q.dtype)  # the adapter is float32, the base may not be
-            user_v = heads(self.adapter.to_v[self.index](tokens)).to(q.dtype)
+            user_k = heads(self.to_k(tokens)).to(q.dtype)  # the adapter is float32, the base may not be
+            user_v = heads(self.to_v(tokens)).to(q.dtype)
             user_k, user_v = (einops.repeat(m, "b ... -> (r b) ...", r=b // len(m)) for m in (user_k, user_v))
             user_out = F.scaled_dot_product_attention(q, user_k, user_v)
             out = out + (scale.to(q.dtype).view(-1, 1, 1, 1) if torch.is_tensor(scale) else scale) * user_out
@@ -219,11 +230,7 @@ class StableCascade:
             library.utils.logging.set_verbosity_error(), library.utils.logging.disable_progress_bar()
 
         self.name = str(base)
-        where, _, sub = self.name.partition(":")
-        folder, sub = TINY if where == "tiny" else where if is_hub_id(where) else Path(where), sub or "prior"
-        if isinstance(folder, Path) and not (folder / sub).is_dir():
-            raise BadInput(f"--base {base}: no folder {folder / sub}; expected 'tiny', a hub id or a folder with {sub}, text_encoder "
-                           "and tokenizer in it")
+        folder, sub = find_base(self.name)
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
         if self.dtype == torch.float16:
@@ -234,14 +241,11 @@ class StableCascade:
             self.prior = load_frozen(diffusers.StableCascadeUNet, folder, self.device, subfolder=sub, **how)
             self.text_encoder = load_frozen(transformers.CLIPTextModelWithProjection, folder, self.device, subfolder="text_encoder", **how)
             self.tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
-            if isinstance(folder, Path) and (folder / "codec").is_dir():
-                self.codec = PatchCodec.load(folder / "codec" / "codec.safetensors").to(self.device, self.dtype)
-            else:
-                self.codec = CascadeCodec(decoder, self.device, self.dtype, self.tokenizer, self.text_encoder, grid)
+            self.codec = load_codec(base, self.device, self.dtype, decoder, grid, self.tokenizer, self.text_encoder)
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise BadInput(f"--base {base}: cannot load {folder}: {str(error).strip().splitlines()[0]}") from None
         self.scheduler = diffusers.DDPMWuerstchenScheduler()
-        self.latent_shape = (self.prior.config.in_channels, self.codec.grid, self.codec.grid)
+        self.latent_shape = self.codec.latent_shape
         self.steps, self.guidance = self.codec.recipe  # of sampling by default
 
     @property
@@ -250,16 +254,26 @@ class StableCascade:
         return [layer.to_q.in_features for layer in attention_layers(self.prior)]
 
     @torch.no_grad()
-    def encode_prompts(self, prompts):
-        """Captions -> text states (B, L, d), before the encoder's last norm, and pooled (B, 1, d); L = 77 at full scale."""
-        ids = self.tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt").to(self.device)
-        out = self.text_encoder(ids.input_ids, attention_mask=ids.attention_mask, output_hidden_states=True)
+    def encode_tokens(self, tokens):
+        """Of tokenise() -> text states (B, L, d), before the encoder's last norm, and pooled (B, 1, d)."""
+        ids, there = tokens
+        seen = there.bool()[:, None, None] & torch.ones_like(there[:1]).expand(there.shape[1], -1).tril().bool()  # to itself and back, no padding
+        mask = torch.zeros_like(seen, dtype=self.dtype).masked_fill(~seen, torch.finfo(self.dtype).min)  # made here: the library's own waits for the GPU
+        out = self.text_encoder(ids, attention_mask=mask, output_hidden_states=True)
         return out.hidden_states[-1], out.text_embeds[:, None]
 
+    def encode_prompts(self, prompts):
+        """Captions -> what encode_tokens gives."""
+        return self.encode_tokens(tokenise(self.tokenizer, prompts).to(self.device))
+
     @torch.no_grad()
+    def encode_pixels(self, pixels):
+        """Of fit_pixels(images, *codec.fit), on the base's device -> latents (B, C, h, w) in the base's dtype."""
+        return self.codec.encode(pixels.float() / 255).to(self.dtype)
+
     def encode_images(self, images):
         """PIL images of any size -> latents (B, C, h, w) in the base's dtype. Short side resized, centre cropped."""
-        return self.codec.encode(self.codec.preprocess(images).to(self.device)).to(self.dtype)
+        return self.encode_pixels(fit_pixels(images, *self.codec.fit).to(self.device))
 
     @torch.no_grad()
     def decode(self, latents, prompts, seeds):
@@ -315,10 +329,26 @@ class StableCascade:
         return x
 
 
+def tokenise(tokenizer, prompts):
+    """Captions -> token ids and attention mask, (2, B, L); L = 77 at full scale."""
+    ids = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
+    return torch.stack([ids.input_ids, ids.attention_mask])
+
+
 def fit_pixels(images, side, resample):
-    """PIL images, short side resized and centre cropped -> (B, 3, side, side) in [0, 1]."""
+    """PIL images, short side resized and centre cropped -> (B, 3, side, side) uint8."""
     fitted = np.stack([ImageOps.fit(image.convert("RGB"), (side, side), resample) for image in images])
-    return einops.rearrange(torch.from_numpy(fitted), "b h w c -> b c h w") / 255
+    return einops.rearrange(torch.from_numpy(fitted), "b h w c -> b c h w").contiguous()
+
+
+def load_codec(base, device, dtype, decoder, grid, tokenizer=None, text_encoder=None):
+    """A base's image codec: its own, or Stable Cascade's (which paints pictures only with tokenizer and text encoder)."""
+    folder, _ = find_base(base)
+    if isinstance(folder, Path) and (folder / "codec").is_dir():
+        codec = PatchCodec.load(folder / "codec" / "codec.safetensors").to(device, dtype)
+        codec.name = str(base)
+        return codec
+    return CascadeCodec(decoder, device, dtype, tokenizer, text_encoder, grid)
 
 
 class CascadeCodec:
@@ -327,7 +357,8 @@ class CascadeCodec:
     recipe = 30, 4.0  # steps (Sec. 5.1) and guidance (the release's) of Stage C
 
     def __init__(self, where, device, dtype, tokenizer, text_encoder, grid):
-        self.where, self.device, self.dtype, self.grid = where, device, dtype, grid
+        self.where, self.name, self.device, self.dtype, self.grid = where, str(where), device, dtype, grid
+        self.fit, self.latent_shape = (32 * grid, Image.BILINEAR), (16, grid, grid)  # 32 pixels a latent
         self.tokenizer, self.text_encoder = tokenizer, text_encoder  # Stage B uses the same ones
 
     @cached_property
@@ -359,13 +390,10 @@ class CascadeCodec:
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.device)
 
-    def preprocess(self, images):
-        """Short side resized, centre cropped to 32 pixels a latent, ImageNet's normalisation."""
-        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 3, 1, 1)
-        return (fit_pixels(images, 32 * self.grid, Image.BILINEAR) - mean) / std
-
     def encode(self, pixels):
-        return self.encoder(pixels)
+        """(B, 3, 32 h, 32 w) in [0, 1], here normalised as ImageNet's, -> latents (B, 16, h, w) float32."""
+        mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+        return self.encoder((pixels - mean) / std)
 
     def decode(self, latents, prompts, seeds):
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
@@ -379,7 +407,8 @@ class PatchCodec(nn.Module):
 
     def __init__(self, patch=4, channels=16, side=32):
         super().__init__()
-        self.patch, self.side, self.grid = patch, side, side // patch
+        self.patch, self.side, self.grid, self.fit = patch, side, side // patch, (side, Image.BICUBIC)
+        self.latent_shape = channels, self.grid, self.grid
         self.register_buffer("mean", torch.zeros(3 * patch * patch))
         self.register_buffer("encode_matrix", torch.zeros(3 * patch * patch, channels))
         self.register_buffer("decode_matrix", torch.zeros(channels, 3 * patch * patch))
@@ -388,12 +417,10 @@ class PatchCodec(nn.Module):
     def load(cls, path):
         with safe_open(path, "pt") as file:
             meta, state = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}
-        codec = cls(int(meta["patch"]), len(state["decode_matrix"]), int(meta["side"]))
-        codec.load_state_dict(state)
+        with torch.device("meta"):
+            codec = cls(int(meta["patch"]), len(state["decode_matrix"]), int(meta["side"]))
+        codec.load_state_dict(state, assign=True)
         return codec
-
-    def preprocess(self, images):
-        return fit_pixels(images, self.side, Image.BICUBIC)
 
     def encode(self, pixels):
         patches = einops.rearrange(pixels.to(self.mean.dtype), "b c (h p) (w q) -> b h w (c p q)", p=self.patch, q=self.patch)
@@ -405,6 +432,15 @@ class PatchCodec(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------- files and scripts
+def find_base(name):
+    """--base -> its folder (a Path) or hub id (a string), and the subfolder of its prior."""
+    where, _, sub = str(name).partition(":")
+    folder, sub = TINY if where == "tiny" else where if is_hub_id(where) else Path(where), sub or "prior"
+    if isinstance(folder, Path) and not (folder / sub).is_dir():
+        raise BadInput(f"--base {name}: no folder {folder / sub}; expected 'tiny', a hub id or a folder with {sub}, text_encoder and tokenizer in it")
+    return folder, sub
+
+
 def is_hub_id(name):
     """Whether a string that is no folder here reads like owner/name on the hub."""
     return not Path(name).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) is not None
@@ -443,8 +479,10 @@ def load_user(path):
     except Exception as error:  # torch raises many kinds here: unpickling, zip, end of file
         raise BadInput(f"{path}: refused, not a plain user file ({type(error).__name__})") from None
     e = user.get("embedding") if isinstance(user, dict) else None
-    if not (torch.is_tensor(e) and e.ndim == 3 and e.dtype == torch.float32 and e.numel() and e.isfinite().all()):
+    if not (torch.is_tensor(e) and e.ndim == 3 and e.dtype == torch.float32 and e.is_contiguous() and e.numel() and e.isfinite().all()):
         raise BadInput(f"{path}: expected a dict whose 'embedding' is a finite float32 tensor (groups, states, dim)")
+    if not isinstance(user.get("vlm"), str | None):
+        raise BadInput(f"{path}: 'vlm' is {user['vlm']!r}; expected the name of the VLM that read this person")
     return user
 
 
@@ -456,12 +494,61 @@ def reader_of(user):
 
 def write_atomically(path, write):
     """Call write(temporary path), then put the file in place in one step: readers see all of it or none, also after a
-    power cut."""
+    power cut. BadInput if the disk is full: what was there before stays."""
     temporary = Path(f"{path}.tmp")
-    write(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch and safetensors wrap a failed write in errors of their own
+        temporary.unlink(missing_ok=True)
+        raise BadInput(f"{path}: cannot be written ({' '.join(str(error).split())[:120]}); what was there before is kept") from None
+    if os.name == "posix":  # the new name is safe only when its folder is
+        folder = os.open(Path(path).parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def read_jsonl(path):
+    """Lines of a .jsonl -> list of dicts. A last line torn by a kill is dropped; BadInput names any other that is broken."""
+    lines, *torn = Path(path).read_text(encoding="utf-8", errors="replace").rsplit("\n", 1)
+    out = []
+    for n, line in enumerate(lines.split("\n") if torn else [], 1):
+        try:
+            out.append(json.loads(line))
+            assert isinstance(out[-1], dict)
+        except (ValueError, RecursionError, AssertionError):
+            raise BadInput(f"{path} line {n}: not a JSON object") from None
+    return out
+
+
+def save_state(folder, **state):
+    """<folder>/state.pt, what a run needs to go on; the one before it becomes state.previous.pt, so that at every instant
+    a whole one is on the disk."""
+    newest = Path(folder) / "state.pt"
+    if newest.exists():
+        os.replace(newest, Path(folder) / "state.previous.pt")
+    write_atomically(newest, lambda path: torch.save(state, path))
+
+
+def load_state(folder):
+    """The newest readable state of save_state(), on the CPU, or None if there is none. BadInput if none can be read."""
+    torn = []
+    for path in (Path(folder) / name for name in ("state.pt", "state.previous.pt")):
+        if path.exists():
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+                assert isinstance(state, dict) and "step" in state
+            except Exception as error:  # torch raises many kinds here: unpickling, zip, end of file
+                torn.append(f"{path} ({type(error).__name__})")
+                continue
+            if torn:  # once known, or it would take the good one's place at the next save
+                print(f"cannot resume from {torn[0]}: going on from {path.name}, step {state['step']}", file=sys.stderr)
+                (Path(folder) / "state.pt").unlink(missing_ok=True)
+            return state
+    if torn:
+        raise BadInput(f"cannot resume from {' or '.join(torn)}; start again in another folder")
 
 
 def pick_device(name="auto"):

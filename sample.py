@@ -77,7 +77,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
-from ppd import BadInput, StableCascade, UserAdapter, hub_file, is_hub_id, load_user, pick_device, reader_of, run_script
+from ppd import BadInput, StableCascade, UserAdapter, hub_file, is_hub_id, load_user, pick_device, reader_of, run_script, write_atomically
 
 
 def read_prompts(source):
@@ -150,6 +150,15 @@ def grid(rows, row_labels, column_labels, size=96):
         for x, image in enumerate(images):
             sheet.paste(image.resize((size, size), Image.BICUBIC), (left + x * (size + pad), top + y * (size + pad)))
     return sheet
+
+
+def preview(base, adapter, captions, people, path):
+    """A sheet of captions for several people, the base beside them. people: {name: standardised embedding (1, D)}."""
+    seeds = range(len(captions))
+    columns = {"base": None} | people
+    pictures = [generate(base, captions, seeds, adapter, person) for person in columns.values()]
+    path.parent.mkdir(exist_ok=True)
+    write_atomically(path, lambda file: grid(list(zip(*pictures)), captions, list(columns)).save(file, "PNG"))
 
 
 def run(args):

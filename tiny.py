@@ -308,13 +308,15 @@ def train_loop(out, steps, lr, models, optimizer, lesson, save_every, after=lamb
     carry: tensors that a resume needs besides weights and optimizer, by name. Resumable: run the same command again."""
     import torch
     from tqdm import tqdm
-    from ppd import write_atomically
+    from ppd import BadInput, load_state, save_state
 
-    start, state, began, log = 0, Path(out) / "state.pt", time.time(), {}
+    start, began, log = 0, time.time(), {}
     Path(out).mkdir(parents=True, exist_ok=True)
-    if state.exists():
-        saved = torch.load(state, map_location=next(models.parameters()).device, weights_only=True)
-        models.load_state_dict(saved["models"]), optimizer.load_state_dict(saved["optimizer"])
+    if saved := load_state(out):
+        try:
+            models.load_state_dict(saved["models"]), optimizer.load_state_dict(saved["optimizer"])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise BadInput(f"--out {out} holds a run of other sizes: {' '.join(str(error).split())[:150]}") from None
         for name, tensor in carry.items():
             tensor.copy_(saved["carry"][name])
         start = saved["step"]
@@ -333,8 +335,7 @@ def train_loop(out, steps, lr, models, optimizer, lesson, save_every, after=lamb
         if (step + 1) % 250 == 0:
             print(f"step {step + 1} " + ", ".join(f"{k} {torch.stack(v[-50:]).mean():.4f}" for k, v in log.items()) + f" {time.time() - began:.0f} s", flush=True)
         if (step + 1) % save_every == 0 or step + 1 == steps:
-            saved = dict(models=models.state_dict(), optimizer=optimizer.state_dict(), carry=carry, step=step + 1)
-            write_atomically(state, lambda path: torch.save(saved, path))
+            save_state(out, models=models.state_dict(), optimizer=optimizer.state_dict(), carry=carry, step=step + 1)
 
 
 def train_base(out, steps, batch, lr, seed, pictures, width=128, layers=(2, 2), init=None, lean=2.0, save_every=1000):
@@ -348,7 +349,7 @@ def train_base(out, steps, batch, lr, seed, pictures, width=128, layers=(2, 2), 
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
     from ppd import PatchCodec
 
-    if (Path(out) / "prior").exists() and not (Path(out) / "state.pt").exists():
+    if (Path(out) / "prior").exists() and not list(Path(out).glob("state*.pt")):
         raise SystemExit(f"tiny.py: error: --out {out} holds a finished base; choose another folder")
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -425,7 +426,8 @@ def train_base(out, steps, batch, lr, seed, pictures, width=128, layers=(2, 2), 
     (Path(out) / "codec").mkdir(exist_ok=True)
     save_file({k: v.contiguous() for k, v in codec.state_dict().items()}, Path(out) / "codec" / "codec.safetensors",
               {"patch": str(codec.patch), "side": str(codec.side)})
-    (Path(out) / "state.pt").unlink()
+    for state in Path(out).glob("state*.pt"):
+        state.unlink()
 
 
 # -------------------------------------------------------------------------------------------------------- the small VLM
@@ -524,7 +526,7 @@ def train_vlm(out, steps, batch, lr, seed, pictures, save_every=500):
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from tqdm import tqdm
 
-    if (Path(out) / "config.json").exists() and not (Path(out) / "state.pt").exists():
+    if (Path(out) / "config.json").exists() and not list(Path(out).glob("state*.pt")):
         raise SystemExit(f"tiny.py: error: --out {out} holds a finished VLM; choose another folder")
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -567,11 +569,12 @@ def train_vlm(out, steps, batch, lr, seed, pictures, save_every=500):
     train_loop(out, steps, lr, model, optimizer, teach, save_every)
     model.to(torch.bfloat16).save_pretrained(out)
     processor.save_pretrained(out)
-    (Path(out) / "state.pt").unlink()
+    for state in Path(out).glob("state*.pt"):
+        state.unlink()
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="tiny.py", usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     data = commands.add_parser("data", help="draw people's choices")
     data.add_argument("--out", default="data/tiny", help="folder to write (default: %(default)s)")
@@ -590,9 +593,18 @@ def main(argv=None):
     base.add_argument("--init", help="folder of a base to start from (default: random weights)")
     base.add_argument("--lean", type=float, default=2.0, help="timesteps are 1 - u^lean, u uniform (default: %(default)s)")
     base.add_argument("--layers", type=int, nargs=2, default=[2, 2], help="blocks a level, twice: down and up")
-    args = parser.parse_args(argv)
-    how = vars(args)
-    dict(data=write_data, base=train_base, vlm=train_vlm)[how.pop("command")](**how)
+    for p in (data, base, vlm):
+        p.usage, p.prog = argparse.SUPPRESS, "tiny.py"
+    how = vars(parser.parse_args(argv))
+    for key, value in how.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, (int, float)) and not (0 < number < math.inf or key == "seed" and number == 0):
+                parser.error(f"--{key.removesuffix('_per_user')} {number}: expected " + ("0 or more" if key == "seed" else "a number above 0"))
+    if how["command"] == "base" and how["width"] % 64:
+        parser.error(f"--width {how['width']}: expected a multiple of 64, a head's width")
+    from ppd import run_script
+    command = dict(data=write_data, base=train_base, vlm=train_vlm)[how.pop("command")]
+    run_script("tiny.py", lambda how: command(**how), how)
 
 
 if __name__ == "__main__":

@@ -310,7 +310,8 @@ def test_encoder_equals_torchvisions(base, hub):
     assert got.shape == (1, 16, 3, 3) and torch.allclose(got, want, atol=1e-4, rtol=1e-4)
     assert base.encode_images([image.resize((200, 120))]).shape == got.shape
     big = ppd.CascadeCodec(snapshot(hub, STAGES), torch.device("cpu"), torch.float32, None, None, 24)
-    assert big.preprocess([image]).shape == (1, 3, 768, 768) and big.encode(big.preprocess([image])).shape == (1, 16, 24, 24)
+    pixels = ppd.fit_pixels([image], *big.fit)
+    assert pixels.shape == (1, 3, 768, 768) and big.encode(pixels / 255).shape == (1, *big.latent_shape) == (1, 16, 24, 24)
 
 
 def test_decoding_needs_caption_and_seed_only(base):

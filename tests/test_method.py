@@ -86,7 +86,7 @@ def test_hook_equals_diffusers_ip_adapter_layer():
     x, text = torch.randn(2, 64, 4, 4, dtype=torch.float64), torch.randn(2, 21, 64, dtype=torch.float64)
     tokens = adapter(torch.randn(2, 3, dtype=torch.float64))
     with adapter.user(tokens, 0.7):
-        ours = UserAttnProcessor(adapter, 0)(layer, x, text)
+        ours = UserAttnProcessor(adapter, adapter.to_k[0], adapter.to_v[0])(layer, x, text)
     want = theirs(layer, x, encoder_hidden_states=(text, [tokens[:, None]]))
     assert torch.allclose(ours, want, atol=1e-12)
 

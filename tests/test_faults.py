@@ -1,0 +1,278 @@
+"""What a long run meets: kills at any moment, torn files, a full disk, a dying rank, numbers that are not finite. And what its speed rests on:
+no waiting for the device between micro-steps, no gradient where nothing is trained, latents encoded once."""
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, script
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import embed
+import ppd
+import train
+
+STATES = "state.pt", "state.previous.pt"
+SHORT = ["--batch", "8", "--micro", "8", "--device", "cpu", "--preview-every", "0", "--log-every", "1"]
+
+
+def steps(out):
+    return [json.loads(line)["step"] for line in (out / "train.jsonl").read_text().splitlines()]
+
+
+def start(*command, **env):
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | env)
+
+
+# ------------------------------------------------------------------------------------------------------------- kills
+def drill(world, tmp_path, kills, length, seed):
+    """Kill a run `kills` times, at random moments and every third time in the middle of a write; resume each time -> what each
+    kill met, and whether the end is the undisturbed run's, to the byte."""
+    common, out = ["train.py", "--users", world[1], *SHORT, "--max-steps", length, "--save-every", 1, "--log-every", 4], tmp_path / "run"
+    here = lambda out: train.main([*map(str, common[1:]), "--out", str(out), "--resume"])
+    here(tmp_path / "calm")
+    rng, met = random.Random(seed), []
+    for k in range(kills):
+        process, log = start(*common, "--out", out, "--resume"), out / "train.jsonl"
+        before = log.stat().st_mtime_ns if log.exists() else 0
+        until = lambda happened: [time.sleep(0.001) for _ in iter(lambda: process.poll() is None and not happened(), False)]
+        until(lambda: log.exists() and log.stat().st_mtime_ns != before)  # imports are behind it
+        if k % 3 == 2:
+            until(lambda: list(out.glob("*.tmp")))
+        else:
+            time.sleep(rng.uniform(0, 1))
+        process.send_signal(signal.SIGKILL)
+        said, _ = process.communicate()
+        assert process.returncode == -signal.SIGKILL, said
+        found = [torch.load(path, weights_only=True)["step"] for path in (out / name for name in STATES) if path.exists()]
+        met.append(f"step {max(found, default=0)}" + "".join(f", {path.name} half written" for path in out.glob("*.tmp")))
+    here(out)
+    same = (out / "adapter.safetensors").read_bytes() == (tmp_path / "calm" / "adapter.safetensors").read_bytes()
+    return met, same and steps(out) == steps(tmp_path / "calm") == sorted({*range(0, length, 4), length - 1})
+
+
+def test_killed_three_times(world, tmp_path):
+    met, same = drill(world, tmp_path, kills=3, length=16, seed=1)
+    assert same, met
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(world, tmp_path):
+    met, same = drill(world, tmp_path, kills=20, length=60, seed=2)
+    print(*met, f"{len(met)} kills, the same bytes in the end: {same}", sep="\n")
+    assert same and sum("half written" in m for m in met) >= 3 and len({m.split(",")[0] for m in met}) >= 5
+
+
+def test_a_torn_checkpoint_falls_back_to_the_one_before(world, tmp_path, capsys):
+    common = ["--users", str(world[1]), *SHORT, "--save-every", "1", "--resume"]
+    for out in ("calm", "torn"):
+        train.main([*common, "--max-steps", "3", "--out", str(tmp_path / out)])
+    newest, previous = (tmp_path / "torn" / name for name in STATES)
+    assert [torch.load(p, weights_only=True)["step"] for p in (newest, previous)] == [3, 2]
+    newest.write_bytes(newest.read_bytes()[:-1000])  # as if the power had failed
+    (tmp_path / "torn" / "adapter.safetensors").unlink()
+    capsys.readouterr()
+    train.main([*common, "--max-steps", "3", "--out", str(tmp_path / "torn")])
+    assert "state.pt (RuntimeError): going on from state.previous.pt, step 2" in capsys.readouterr().err
+    assert (tmp_path / "torn" / "adapter.safetensors").read_bytes() == (tmp_path / "calm" / "adapter.safetensors").read_bytes()
+    newest.unlink()  # killed between two renames
+    train.main([*common, "--max-steps", "3", "--out", str(tmp_path / "torn")])
+    assert steps(tmp_path / "torn") == [0, 1, 2]
+    newest.write_bytes(b"x"), previous.write_bytes(b"x")
+    with pytest.raises(SystemExit, match="cannot resume from .*state.pt .* or .*state.previous.pt"):
+        train.main([*common, "--max-steps", "3", "--out", str(tmp_path / "torn")])
+
+
+def test_resume_names_everything_that_differs(world, tmp_path):
+    common = ["--users", str(world[1]), *SHORT, "--max-steps", "1", "--out", str(tmp_path)]
+    train.main(common)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*common, "--resume", "--beta", "0.5", "--lr", "0.1"])
+    assert "--beta is 0.5, but was 6.0; --lr is 0.1, but was 0.0005" in stop.value.code or "--lr is 0.1, but was 0.0005; --beta is 0.5, but was 6.0" in stop.value.code
+
+
+def test_a_full_disk_loses_nothing(world, tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    common = ["--users", str(world[1]), *SHORT, "--max-steps", "4", "--save-every", "1"]
+    train.main([*common, "--out", str(tmp_path / "calm")])
+    real, calls, (soft, hard) = torch.save, [], resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def full(*args):
+        calls.append(1)
+        if len(calls) == 3:  # from here on no file can grow beyond 100 kB
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        real(*args)
+    monkeypatch.setattr(torch, "save", full)
+    try:
+        with pytest.raises(SystemExit, match="state.pt: cannot be written .*; what was there before is kept"):
+            train.main([*common, "--out", str(tmp_path / "full")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        monkeypatch.undo()
+    assert not list((tmp_path / "full").glob("*.tmp"))
+    assert torch.load(tmp_path / "full" / "state.previous.pt", weights_only=True)["step"] == 2
+    train.main([*common, "--out", str(tmp_path / "full"), "--resume"])
+    assert (tmp_path / "full" / "adapter.safetensors").read_bytes() == (tmp_path / "calm" / "adapter.safetensors").read_bytes()
+    assert steps(tmp_path / "full") == [0, 1, 2, 3]
+
+
+# ------------------------------------------------------------------------------------------------------- several ranks
+def torchrun(*command, **env):
+    return ["-m", "torch.distributed.run", "--nproc-per-node", "2", *command]
+
+
+def test_a_dying_rank_ends_the_job_and_a_restart_resumes(world, tmp_path):
+    common = ["train.py", "--users", world[1], "--batch", 8, "--micro", 4, "--device", "cpu", "--preview-every", 0, "--log-every", 1, "--save-every", 1, "--out", tmp_path / "run"]
+    job = start(*torchrun(*common, "--max-steps", 500), OMP_NUM_THREADS="1")
+    while not (tmp_path / "run" / "state.pt").exists():
+        time.sleep(0.2)
+        assert job.poll() is None, job.communicate()[0][-2000:]
+    children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+    began = time.time()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    said, _ = job.communicate(timeout=60)
+    assert time.time() - began < 60 and job.returncode != 0 and "SIGKILL" in said
+    done = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"]
+    for path in (tmp_path / "run").glob("state*.pt"):  # a shorter end, so that the test ends too
+        state = torch.load(path, weights_only=True)
+        state["config"]["max_steps"] = done + 2
+        torch.save(state, path)
+    script(*torchrun(*common, "--max-steps", done + 2, "--resume"), OMP_NUM_THREADS="1")
+    assert steps(tmp_path / "run") == list(range(done + 2))
+
+
+def test_not_finite_names_step_ranks_and_pairs(world, tmp_path, monkeypatch, capsys):
+    real, calls = train.ppd_loss, []
+
+    def broken(*args, **kwargs):
+        losses, log = real(*args, **kwargs)
+        calls.append(1)
+        if len(calls) == 3:  # step 1's only micro-step; validation is off
+            losses = torch.where(torch.arange(len(losses)) == 5, math.nan, losses)
+        return losses, log
+    monkeypatch.setattr(train, "ppd_loss", broken)
+    monkeypatch.setattr(train, "validate", lambda *a: {})
+    rows = [r for r in embed.read_pairs(world[1])[0] if r["split"] == "train"]
+    wanted = rows[embed.epoch_order(0, 0, len(rows))[2 * 8 + 5]]["ranking_id"]
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--users", str(world[1]), *SHORT, "--max-steps", "4", "--save-every", "1", "--out", str(tmp_path)])
+    assert stop.value.code.startswith(f"train.py: error: step 2: not finite on rank 0: the loss of pairs {wanted}.")
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 2
+
+
+def test_both_ranks_stop_at_a_person_who_overflows(world, tmp_path):
+    users = tmp_path / "users"
+    shutil.copytree(world[1], users)
+    embed.write_user(users, "large", embedding=torch.tensor([[[0, 0, 1e38]]]), vlm="one-hot")  # finite, its layer norm is not
+    done = script(*torchrun("train.py", "--users", users, "--batch", 8, "--micro", 4, "--device", "cpu", "--preview-every", 0, "--max-steps", 3, "--out", tmp_path / "run"),
+                  check=False, OMP_NUM_THREADS="1")
+    rows = embed.load_training(users)[0]["train"]
+    first = [rows[i] for i in embed.epoch_order(0, 0, len(rows))[:8]]
+    ranks = [r for r in (0, 1) if any(row["user"] == "large" for row in first[4 * r:4 * r + 4])]
+    line = f"train.py: error: step 0: not finite on rank {', '.join(map(str, ranks))}: the loss of pairs {', '.join(str(row['ranking_id']) for row in first if row['user'] == 'large')}. "
+    assert ranks and done.returncode and done.stderr.count(line) == 2 and "Traceback" not in done.stderr.split("train.py: error")[0]
+    assert not (tmp_path / "run" / "state.pt").exists()
+
+
+# ----------------------------------------------------------------------------------------------------- what speed rests on
+class Syncs(TorchDispatchMode):
+    """Counts operations that would make the host wait for a GPU."""
+    WAIT = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "item")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in self.WAIT or (name == "index" and any(torch.is_tensor(i) and i.dtype == torch.bool for i in args[1] or ())):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_between_micro_steps_and_frozen_weights_get_no_gradient(world):
+    base = ppd.StableCascade("tiny", "cpu")
+    adapter = ppd.UserAdapter(3, base.channels).install(base.prior)
+    rows, users, *_ = embed.load_training(world[1])
+    pairs = embed.Pairs(rows["train"], users, embed.Pictures(world[0], base.codec.fit), base.latent_shape, 0, False, 0.85)
+    batches = [embed.collate([pairs[4 * k + i] for i in range(4)], base.tokenizer) for k in range(3)]
+    with Syncs() as syncs:
+        for batch in batches:
+            train.forward(base, adapter, batch, "ppd", 1.0, 0.1, backward=lambda losses: losses.mean().backward())
+        inside = len(syncs.found)
+        torch.stack([p.grad.norm() for p in adapter.parameters()]).sum().item()
+    assert inside == 0, syncs.found
+    assert len(syncs.found) == 1  # the counter counts
+    frozen = [*base.prior.parameters(), *base.text_encoder.parameters()]
+    assert all(not p.requires_grad and p.grad is None for p in frozen) and all(p.grad is not None for p in adapter.parameters())
+
+
+def test_cached_latents_train_the_same(world, tmp_path, capsys):
+    users = tmp_path / "users"
+    script("embed.py", "--data", world[0], "--one-hot", "light", "warm", "large", "--users", users)
+    common = ["--users", str(users), *SHORT, "--max-steps", "2"]
+    train.main([*common, "--out", str(tmp_path / "pictures")])
+    monkey = embed.Latents.SHARD
+    embed.Latents.SHARD = 300
+    try:
+        embed.main(["--cache-latents", "--users", str(users), "--device", "cpu"])
+        train.main([*common, "--out", str(tmp_path / "cached"), "--data", str(tmp_path)])  # touches no picture: there is none
+        said = capsys.readouterr().out
+        losses = lambda name: [json.loads(l)["loss"] for l in (tmp_path / name / "train.jsonl").read_text().splitlines()]
+        assert "cached latents" in said and losses("cached") == pytest.approx(losses("pictures"), rel=1e-4)  # batches of another size round otherwise
+        shards = sorted((users / "latents").glob("*.safetensors"))
+        assert len(shards) > 1
+        shards[-1].unlink()
+        with pytest.raises(SystemExit, match=f"{shards[-1].name}: this shard is missing"):
+            train.main([*common, "--out", str(tmp_path / "third")])
+        embed.main(["--cache-latents", "--users", str(users), "--device", "cpu"])
+        assert shards[-1].exists()
+        shards[0].write_bytes(b"not a shard")
+        with pytest.raises(SystemExit, match=f"{shards[0].name}: not a shard of latents"):
+            train.main([*common, "--out", str(tmp_path / "third")])
+    finally:
+        embed.Latents.SHARD = monkey
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_blocks_give_the_same(backend, world, tmp_path, monkeypatch):
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: real(self, backend=backend, **how))
+    torch._dynamo.reset(), counters.clear()
+    common = ["--users", str(world[1]), *SHORT, "--max-steps", "2", "--dtype", "float64"]
+    for out, *how in (("eager",), ("compiled", "--compile")):
+        train.main([*common, "--out", str(tmp_path / out), *how])
+    assert 3 <= counters["stats"]["unique_graphs"] <= 16  # for kinds of blocks and uses: the prior has 20 blocks, the run 30 forwards
+    assert not counters["graph_break"]
+    eager, compiled = (torch.load(tmp_path / out / "state.pt", weights_only=True)["adapter"] for out in ("eager", "compiled"))
+    assert all(torch.allclose(eager[k], compiled[k], rtol=0, atol=1e-9) for k in eager)
+
+
+def test_activations_are_channels_last_by_themselves():
+    """Stage C permutes for its norms and stays so: no conversion of weights or inputs would change what its convolutions see."""
+    base, seen = ppd.StableCascade("tiny"), []
+    for module in base.prior.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.groups > 1:
+            module.register_forward_hook(lambda module, inputs, out: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last)))
+    base.predict_noise(torch.randn(2, *base.latent_shape), torch.rand(2), *base.encode_prompts(["a red star"] * 2))
+    assert len(seen) == 8 and all(seen)
+
+
+def test_bench_counts_the_full_size():
+    said = script("tests/bench.py", "--base", "lite", "--count").stdout
+    total, held = float(re.search(r"([\d.]+) TFLOP a pair", said)[1]), float(re.search(r"= ([\d.]+)\n", said)[1])
+    assert abs(total / (6 * 1.174) - 1) < 0.05 and held < 24  # 6 forwards of 1.174 TFLOP (the lite prior at 24 x 24), and the text encoder
+
+
+def test_bench_small():
+    said = script("tests/bench.py", "--base", "tiny", "--micro", 2, "--accumulate", 1, "--rounds", 1, "--arms", "eager", "recipe", "--device", "cpu").stdout
+    assert re.search(r"^eager / recipe: \d+\.\d\d\neager / ceiling: 0\.\d\d\n$", said, re.M) and "TFLOP a pair" in said
