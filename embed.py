@@ -6,6 +6,7 @@ and `<users>/pairs.parquet`, one row a kept pair, without image bytes: those tra
     python embed.py                                                    # Sec. 4.2: a VLM reads four choices; its state is the person
     python embed.py --one-hot light warm large --users users-onehot    # Sec. 5.1: a reward is a person, a one-hot vector
     python embed.py --pairs me.jsonl --out me.pt                       # you: {"caption", "preferred", "dispreferred"} a line
+    python embed.py --cache-latents --users users                      # encode the pictures once, for train.py to read instead
 
 The tiny world's data is drawn into data/tiny on first use.
 """
@@ -58,6 +59,7 @@ def arguments(argv=None):
     p.add_argument("--base", default="tiny", help="with --cache-latents: whose latents, as for train.py (default: %(default)s)")
     p.add_argument("--decoder", default="stabilityai/stable-cascade", help="with --cache-latents, as for train.py (default: %(default)s)")
     p.add_argument("--grid", type=int, default=24, help="with --cache-latents, as for train.py (default: %(default)s)")
+    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float64"), default="auto", help="with --cache-latents, as for train.py")
     p.add_argument("--workers", type=int, default=0, help="with --cache-latents: processes that read pictures (default: %(default)s)")
     p.add_argument("--validation-captions", type=float, default=0.1, help="share of captions, by hash (default: %(default)s)")
     p.add_argument("--test-captions", type=float, default=0.2, help="share of captions, by hash (default: %(default)s)")
@@ -75,6 +77,9 @@ def arguments(argv=None):
     for name in ("shots", "groups", "batch"):
         if getattr(args, name) < 1:
             p.error(f"--{name} {getattr(args, name)}: expected 1 or more")
+    for name, least in dict(grid=1, workers=0).items():
+        if getattr(args, name) < least:
+            p.error(f"--{name} {getattr(args, name)}: expected {least} or more")
     if len(set(args.one_hot)) < len(args.one_hot):
         p.error("--one-hot: a reward is named twice")
     from tiny import WORDS
@@ -109,7 +114,7 @@ from ppd import (TINY, BadInput, fit_pixels, hub_file, is_hub_id, load_codec, lo
 
 COLUMNS = dict(ranking_id="an integer", user_id="an integer", caption="a string", image_0_uid="a string",
                image_1_uid="a string", label_0="a number", jpg_0="bytes", jpg_1="bytes")  # of Pick-a-Pic v2
-KINDS = {"an integer": (pa.types.is_integer,), "a string": (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
+KINDS = {"an integer": (pa.types.is_integer,), "integers": (lambda t: pa.types.is_list(t) and pa.types.is_integer(t.value_type),), "a string": (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
          "a number": (pa.types.is_floating, pa.types.is_integer), "bytes": (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)}
 
 
@@ -235,13 +240,16 @@ def read_pictures(data, row, sides=(0, 1)):
     return [open_image(jpg if isinstance(jpg, bytes) else b"", f"{row['file']} row {row['row']} {c}") for c, jpg in jpgs.items()]  # a string would be a path
 
 
+FORMATS = "BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"  # of Pillow's others some start programs
+
+
 def open_image(source, name):
     """A picture from a path or from bytes, any mode and orientation -> RGB PIL image; transparency over white. Raises
     BadInput naming it if it is missing, broken, truncated or too large to be a picture."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = ImageOps.exif_transpose(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source))
+            image = ImageOps.exif_transpose(Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS))
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -553,17 +561,24 @@ def read_pairs(folder):
         raise BadInput(f"--users {folder}: no pairs.parquet there; run embed.py first")
     try:
         table = pq.read_table(path)
-        rows, settings = table.to_pylist(), json.loads(table.schema.metadata[b"ppd"])
-        names, files = (table[column].unique().to_pylist() for column in ("user", "file"))
-        assert all(r["preferred"] in (0, 1) and r["groups"] is not None for r in rows) and {"caption", "row", "split", "ranking_id", "image_0_uid", "image_1_uid"} <= {*table.column_names}
-    except (pa.ArrowException, OSError, TypeError, KeyError, ValueError, AssertionError) as error:
+        settings = json.loads(table.schema.metadata[b"ppd"])
+        assert isinstance(settings, dict) and isinstance(settings["data"], str)
+    except (pa.ArrowException, OSError, TypeError, KeyError, ValueError, AssertionError, RecursionError) as error:
         raise BadInput(f"{path}: not a pairs file of embed.py ({type(error).__name__})") from None
-    for name in names:  # they become file names
-        if not re.fullmatch(r"[\w-][\w.-]*", str(name)):
+    kinds = dict(ranking_id="an integer", user="a string", split="a string", caption="a string", file="a string", row="an integer", preferred="an integer", groups="integers")
+    for column, kind in kinds.items():
+        if column not in table.column_names or table[column].null_count or not any(fits(table[column].type) for fits in KINDS[kind]):
+            raise BadInput(f"{path}: column {column!r} is missing, or not {kind} everywhere")
+    for name in table["user"].unique().to_pylist():  # they become file names
+        if not re.fullmatch(r"[\w-][\w.-]*", name):
             raise BadInput(f"{path}: user {name!r}; expected a name of letters, digits, '.', '_' and '-'")
-    for file in files:
-        if Path(str(file)).is_absolute() or ".." in Path(str(file)).parts:
+    for file in table["file"].unique().to_pylist():
+        if Path(file).is_absolute() or ".." in Path(file).parts:
             raise BadInput(f"{path}: file {file!r}; expected one inside the data folder")
+    rows = table.to_pylist()
+    for row in rows:
+        if row["preferred"] not in (0, 1) or row["row"] < 0 or min(row["groups"], default=0) < 0:
+            raise BadInput(f"{path}: pair {row['ranking_id']}: expected preferred 0 or 1, and no negative row or group")
     return rows, settings
 
 
@@ -593,7 +608,8 @@ def one_hot_users(args, rows, settings):
 # ------------------------------------------------------------------------------------- what train.py reads of all this
 def load_training(folder, only=None):
     """<folder> -> its pairs, dict(train=rows, validation=rows, all=rows); {user: (groups, D) float32}, the last stored state
-    of the people in the first two; who read them (ppd.reader_of); and embed.py's settings. only: no other users' pairs."""
+    of the people in the first two; who read them (ppd.reader_of); embed.py's settings, and a digest of it all as `content`.
+    only: no other users' pairs."""
     everything, settings = read_pairs(folder)
     if only and (unknown := set(only) - {r["user"] for r in everything if r["split"] == "train"}):
         raise BadInput(f"--only {sorted(unknown)[0]}: no such training user in {folder}")
@@ -607,15 +623,23 @@ def load_training(folder, only=None):
     for row in (r for split in rows.values() for r in split):
         if max(row["groups"], default=0) >= len(people[row["user"]]["embedding"]) or not row["groups"]:
             raise BadInput(f"--users {folder}: pairs.parquet wants groups {row['groups']} of {row['user']}.pt, which has {len(people[row['user']]['embedding'])}")
-    return rows | dict(all=everything), {name: user["embedding"][:, -1] for name, user in people.items()}, list(kinds.pop()[1:]), settings
+    users, content = {name: user["embedding"][:, -1] for name, user in people.items()}, hashlib.sha256()
+    for row in rows["train"]:
+        content.update(repr([row[key] for key in ("ranking_id", "user", "preferred", "groups")]).encode())
+    for name in users:
+        content.update(users[name].numpy().tobytes())
+    return rows | dict(all=everything), users, list(kinds.pop()[1:]), settings | dict(content=content.hexdigest()[:16])
 
 
 class Pictures:
     """The two pictures of a pair, preferred first, from the parquet files, fitted to the codec: (2, 3, side, side) uint8."""
     kind = "pictures"
 
-    def __init__(self, data, fit):
+    def __init__(self, data, fit, rows=()):
         self.data, self.fit = Path(data), fit
+        for file in sorted({row["file"] for row in rows}):
+            if not (self.data / file).is_file():
+                raise BadInput(f"--data {data}: no file {file} there; give the folder that embed.py read")
 
     def __call__(self, row):
         pictures = read_pictures(self.data, row)
@@ -631,15 +655,20 @@ class Latents:
         self.folder, self.of = Path(folder) / "latents", {}  # picture -> a row and side that show it
         for row in sorted((r for r in rows if r["split"] in ("train", "validation")), key=lambda r: (r["file"], r["row"])):
             for side in (0, 1):
-                self.of.setdefault(row[f"image_{side}_uid"], (row, side))
-        self.place = {uid: divmod(i, self.SHARD) for i, uid in enumerate(self.of)}
+                self.of.setdefault(self.key(row, side), (row, side))
+        self.place = {key: divmod(i, self.SHARD) for i, key in enumerate(self.of)}
+
+    @staticmethod
+    def key(row, side):
+        """A picture recurs under one uid; one without is only itself."""
+        return str(row[f"image_{side}_uid"] or f"{row['file']} {row['row']} {side}")
 
     def shards(self, codec, dtype):
-        """[(file, its pictures, what its header must say)]"""
-        order = list(self.of)
+        """[(file, the keys of its pictures, what must be true of it)]"""
+        order, precision, encoder = list(self.of), {torch.float32: "F32", torch.bfloat16: "BF16", torch.float64: "F64"}[dtype], codec.digest()
         parts = [order[k:k + self.SHARD] for k in range(0, len(order), self.SHARD)]
-        return [(self.path(k), uids, dict(codec=codec.name, shape=[len(uids), *codec.latent_shape], dtype=str(dtype),
-                                          pictures=hashlib.sha256("\n".join(uids).encode()).hexdigest()[:16])) for k, uids in enumerate(parts)]
+        return [(self.path(k), keys, dict(encoder=encoder, shape=[len(keys), *codec.latent_shape], dtype=precision,
+                                          pictures=hashlib.sha256("\n".join(keys).encode()).hexdigest()[:16])) for k, keys in enumerate(parts)]
 
     def path(self, shard):
         return self.folder / f"{shard:05d}.safetensors"
@@ -647,7 +676,7 @@ class Latents:
     def __call__(self, row):
         both = []
         for side in (row["preferred"], 1 - row["preferred"]):
-            shard, i = self.place[row[f"image_{side}_uid"]]
+            shard, i = self.place[self.key(row, side)]
             both.append(open_shard(self.path(shard))[i:i + 1])  # reads no more than this picture's
         if not (both := torch.cat(both)).isfinite().all():
             raise BadInput(f"{row['file']} row {row['row']}: a picture of it was broken when latents were cached")
@@ -665,13 +694,13 @@ def is_shard(path, wanted):
         return False
     try:
         with safe_open(path, "pt") as file:
-            found = json.loads((file.metadata() or {})["ppd"])
-            found["shape"] = file.get_slice("latents").get_shape()
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+            found, latents = json.loads((file.metadata() or {})["ppd"]), file.get_slice("latents")
+            found |= dict(shape=latents.get_shape(), dtype=latents.get_dtype())
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise BadInput(f"{path}: not a shard of latents ({type(error).__name__}); delete it and run embed.py --cache-latents again") from None
     for key in wanted:
         if found.get(key) != wanted[key]:
-            raise BadInput(f"{path}: latents of another {key}, {found.get(key)} and not {wanted[key]}; delete {path.parent}, or cache them again")
+            raise BadInput(f"{path}: latents of another {key}, {found.get(key)} and not {wanted[key]}; delete {path.parent} and cache them again, or train without")
     return True
 
 
@@ -683,10 +712,7 @@ def open_pictures(folder, data, rows, codec, dtype):
             if not is_shard(path, header):
                 raise BadInput(f"{path}: this shard is missing; run embed.py --cache-latents again, it goes on where it stopped")
         return latents
-    for file in sorted({row["file"] for row in rows}):
-        if not (Path(data) / file).is_file():
-            raise BadInput(f"--data {data}: no file {file} there; give the folder that embed.py read")
-    return Pictures(data, codec.fit)
+    return Pictures(data, codec.fit, rows)
 
 
 @lru_cache(2)
@@ -733,9 +759,9 @@ def collate(pairs, tokenizer):
                 t=torch.tensor(together("t")), u_drop=torch.tensor(together("u_drop")), ranking_ids=together("ranking_id"))
 
 
-def ignore_interrupts(worker):
-    """Ctrl-C is for the main process, which saves."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(worker):
+    """Ctrl-C and torchrun's SIGTERM reach the workers too, but are for the main process, which saves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Shown(torch.utils.data.Dataset):
@@ -761,14 +787,15 @@ def cache_latents(args):
     are there are skipped; under torchrun every process writes its share."""
     rows, settings = read_pairs(args.users)
     device, data = pick_device(args.device), Path(args.data or settings["data"])
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16  # the base's
+    dtype = getattr(torch, args.dtype) if args.dtype != "auto" else torch.float32 if device == "cpu" else torch.bfloat16  # the base's
     codec, latents = load_codec(args.base, device, dtype, args.decoder, args.grid), Latents(args.users, rows)
+    Pictures(data, codec.fit, rows)  # looks whether all files are there
     rank, world, broken = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), 0
-    for path, uids, header in tqdm(latents.shards(codec, dtype)[rank::world], desc="encoding pictures", unit="shard", disable=None):
+    for path, keys, header in tqdm(latents.shards(codec, dtype)[rank::world], desc="encoding pictures", unit="shard", disable=None):
         if is_shard(path, header):
             continue
         parts = []
-        shown = Shown([latents.of[uid] for uid in uids], data, codec.fit)
+        shown = Shown([latents.of[key] for key in keys], data, codec.fit)
         for some in torch.utils.data.DataLoader(shown, args.batch, num_workers=args.workers, collate_fn=list):
             good = [i for i, pixels in enumerate(some) if pixels is not None]
             part = torch.full((len(some), *codec.latent_shape), torch.nan, dtype=dtype)
@@ -794,7 +821,7 @@ def run(args):
         except (OSError, ValueError) as error:
             raise BadInput(f"--data {args.data}: no such folder here, and no such dataset on the hub ({str(error).strip().splitlines()[0]}). "
                            "Pick-a-Pic's original is gone from there: give your own copy's parquet folder") from None
-    settings = {k: v for k, v in vars(args).items() if k not in ("users", "pairs", "out", "batch", "device", "cache_latents", "base", "decoder", "grid", "workers")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("users", "pairs", "out", "batch", "device", "cache_latents", "base", "decoder", "grid", "dtype", "workers")}
     if (Path(args.users) / "pairs.parquet").exists():
         before = read_pairs(args.users)[1]
         if before != settings:

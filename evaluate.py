@@ -918,7 +918,7 @@ def judge(args):
                 line["truth"] = float(wins(*tiny.utility(taste([row["user"]]).numpy(), [ours, theirs])))
             done[kind, row["user"]] = line
             sheet += [(f"{row['user']}, {kind}: {line['pictures']}", row["caption"], theirs, ours)] if len(sheet) < 8 else []
-            with open(journal, "a") as file:
+            with open(journal, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
     result = dict(judge=args.judge, people={})
     for name in ("seen", "unseen", "all"):

@@ -17,10 +17,12 @@ branch off, so there is never a second copy of it.
 Read in this order: UserAdapter, UserAttnProcessor, ppd_loss, StableCascade. Equation and section numbers are the paper's.
 """
 import contextlib
+import hashlib
 import json
 import os
 import re
 import sys
+import zipfile
 from collections import OrderedDict
 from functools import cached_property
 from pathlib import Path
@@ -121,17 +123,21 @@ class UserAdapter(nn.Module):
             with safe_open(path, "pt") as file:
                 header = json.loads((file.metadata() or {}).get("ppd", "{}"))
                 state = {k: file.get_tensor(k) for k in file.keys()}
-        except (SafetensorError, OSError, ValueError) as error:
-            raise BadInput(f"{path}: not a readable safetensors file ({error})") from None
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
+            raise BadInput(f"{path}: not a readable safetensors file ({str(error)[:150]})") from None
+        if not isinstance(header, dict):
+            raise BadInput(f"{path}: no PPD adapter (its header is no dict)")
         if header.get("format") != "ppd-adapter-1":
             raise BadInput(f"{path}: no PPD adapter (its header says format {header.get('format')!r})")
         try:
             with torch.device("meta"):  # no memory yet, whatever size the header says
                 adapter = cls(header["user_dim"], header["channels"], header["tokens"], header["token_dim"], header.get("bias", True))
             adapter.load_state_dict(state, assign=True)  # strict: every key, every shape
-            if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
-                raise ValueError(f"{broken[0]} is not finite")
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            if broken := [name for name, tensor in state.items() if not tensor.isfinite().all() or tensor.dtype != state["mean"].dtype]:
+                raise ValueError(f"{broken[0]} is not finite, or of another precision than mean")
+            if not (adapter.std > 0).all():
+                raise ValueError("std is not above 0")
+        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise BadInput(f"{path}: header and tensors do not fit: {' '.join(str(error).split())[:200]}") from None
         adapter.path, adapter.header = path, header
         return adapter
@@ -244,7 +250,7 @@ class StableCascade:
             self.codec = load_codec(base, self.device, self.dtype, decoder, grid, self.tokenizer, self.text_encoder)
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise BadInput(f"--base {base}: cannot load {folder}: {str(error).strip().splitlines()[0]}") from None
-        self.scheduler = diffusers.DDPMWuerstchenScheduler()
+        self.scheduler = make_scheduler(self.device)
         self.latent_shape = self.codec.latent_shape
         self.steps, self.guidance = self.codec.recipe  # of sampling by default
 
@@ -329,6 +335,14 @@ class StableCascade:
         return x
 
 
+def make_scheduler(device):
+    """The release's noise schedule, its constants on the device: left on the host, each use would wait for the GPU."""
+    from diffusers import DDPMWuerstchenScheduler
+    scheduler = DDPMWuerstchenScheduler()
+    scheduler.s, scheduler._init_alpha_cumprod = scheduler.s.to(device), scheduler._init_alpha_cumprod.to(device)
+    return scheduler
+
+
 def tokenise(tokenizer, prompts):
     """Captions -> token ids and attention mask, (2, B, L); L = 77 at full scale."""
     ids = tokenizer(list(prompts), padding="max_length", truncation=True, return_tensors="pt")
@@ -345,9 +359,7 @@ def load_codec(base, device, dtype, decoder, grid, tokenizer=None, text_encoder=
     """A base's image codec: its own, or Stable Cascade's (which paints pictures only with tokenizer and text encoder)."""
     folder, _ = find_base(base)
     if isinstance(folder, Path) and (folder / "codec").is_dir():
-        codec = PatchCodec.load(folder / "codec" / "codec.safetensors").to(device, dtype)
-        codec.name = str(base)
-        return codec
+        return PatchCodec.load(folder / "codec" / "codec.safetensors").to(device, dtype)
     return CascadeCodec(decoder, device, dtype, tokenizer, text_encoder, grid)
 
 
@@ -357,8 +369,9 @@ class CascadeCodec:
     recipe = 30, 4.0  # steps (Sec. 5.1) and guidance (the release's) of Stage C
 
     def __init__(self, where, device, dtype, tokenizer, text_encoder, grid):
-        self.where, self.name, self.device, self.dtype, self.grid = where, str(where), device, dtype, grid
+        self.where, self.device, self.dtype, self.grid = where, device, dtype, grid
         self.fit, self.latent_shape = (32 * grid, Image.BILINEAR), (16, grid, grid)  # 32 pixels a latent
+        self.mean, self.std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=device).view(2, 3, 1, 1)  # ImageNet's
         self.tokenizer, self.text_encoder = tokenizer, text_encoder  # Stage B uses the same ones
 
     @cached_property
@@ -373,6 +386,10 @@ class CascadeCodec:
         except (SafetensorError, OSError, RuntimeError) as error:
             raise BadInput(f"{path}: not Stable Cascade's image encoder ({' '.join(str(error).split())[:150]})") from None
         return encoder.to(self.device).eval().requires_grad_(False)  # float32: it is 0.3% of a step
+
+    def digest(self):
+        """A fingerprint of the encoder, for cached latents."""
+        return hashlib.sha256(hub_file(self.where, "effnet_encoder.safetensors").read_bytes()).hexdigest()[:16]
 
     @cached_property
     def painter(self):
@@ -391,9 +408,8 @@ class CascadeCodec:
         return pipeline.to(self.device)
 
     def encode(self, pixels):
-        """(B, 3, 32 h, 32 w) in [0, 1], here normalised as ImageNet's, -> latents (B, 16, h, w) float32."""
-        mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
-        return self.encoder((pixels - mean) / std)
+        """(B, 3, 32 h, 32 w) in [0, 1] -> latents (B, 16, h, w) float32."""
+        return self.encoder((pixels - self.mean) / self.std)
 
     def decode(self, latents, prompts, seeds):
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
@@ -415,12 +431,19 @@ class PatchCodec(nn.Module):
 
     @classmethod
     def load(cls, path):
-        with safe_open(path, "pt") as file:
-            meta, state = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}
-        with torch.device("meta"):
-            codec = cls(int(meta["patch"]), len(state["decode_matrix"]), int(meta["side"]))
-        codec.load_state_dict(state, assign=True)
+        try:
+            with safe_open(path, "pt") as file:
+                meta, state = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}
+            with torch.device("meta"):  # no memory yet, whatever size the header says
+                codec = cls(int(meta["patch"]), len(state["decode_matrix"]), int(meta["side"]))
+            codec.load_state_dict(state, assign=True)
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+            raise BadInput(f"{path}: not a codec of tiny.py ({' '.join(str(error).split())[:150]})") from None
         return codec
+
+    def digest(self):
+        """A fingerprint of the encoder, for cached latents."""
+        return hashlib.sha256(b"".join(m.double().cpu().numpy().tobytes() for m in (self.mean, self.encode_matrix))).hexdigest()[:16]
 
     def encode(self, pixels):
         patches = einops.rearrange(pixels.to(self.mean.dtype), "b c (h p) (w q) -> b h w (c p q)", p=self.patch, q=self.patch)
@@ -475,15 +498,26 @@ def load_user(path):
     if not Path(path).is_file():
         raise BadInput(f"{path}: no such user file; embed.py writes them")
     try:
-        user = torch.load(path, map_location="cpu", weights_only=True)
+        user = load_plain(path)
     except Exception as error:  # torch raises many kinds here: unpickling, zip, end of file
         raise BadInput(f"{path}: refused, not a plain user file ({type(error).__name__})") from None
     e = user.get("embedding") if isinstance(user, dict) else None
-    if not (torch.is_tensor(e) and e.ndim == 3 and e.dtype == torch.float32 and e.is_contiguous() and e.numel() and e.isfinite().all()):
+    if not (torch.is_tensor(e) and e.ndim == 3 and e.dtype == torch.float32 and e.device.type == "cpu" and e.is_contiguous() and e.numel() and e.isfinite().all()):
         raise BadInput(f"{path}: expected a dict whose 'embedding' is a finite float32 tensor (groups, states, dim)")
-    if not isinstance(user.get("vlm"), str | None):
-        raise BadInput(f"{path}: 'vlm' is {user['vlm']!r}; expected the name of the VLM that read this person")
+    for key, kind in dict(vlm=str | None, layer=str | int | None, profile=list | None, shots=list | None).items():
+        if not isinstance(user.get(key), kind):
+            raise BadInput(f"{path}: {key!r} is of type {type(user[key]).__name__}; expected what embed.py writes")
     return user
+
+
+def load_plain(path):
+    """torch.load of tensors and plain values alone: a pickle that would run code is refused unrun, and a zip that would
+    grow in memory (torch compresses nothing)."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if sum(part.file_size for part in file.infolist()) > os.path.getsize(path):
+                raise ValueError("compressed")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def reader_of(user):
@@ -510,6 +544,17 @@ def write_atomically(path, write):
         os.close(folder)
 
 
+def append_line(path, text):
+    """One more line at the end of a file, on the disk when this returns. BadInput if the disk is full."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be written ({error.strerror})") from None
+
+
 def read_jsonl(path):
     """Lines of a .jsonl -> list of dicts. A last line torn by a kill is dropped; BadInput names any other that is broken."""
     lines, *torn = Path(path).read_text(encoding="utf-8", errors="replace").rsplit("\n", 1)
@@ -527,28 +572,44 @@ def save_state(folder, **state):
     """<folder>/state.pt, what a run needs to go on; the one before it becomes state.previous.pt, so that at every instant
     a whole one is on the disk."""
     newest = Path(folder) / "state.pt"
-    if newest.exists():
+    if newest.exists() and zipfile.is_zipfile(newest):  # a torn one shall not take the good one's place
         os.replace(newest, Path(folder) / "state.previous.pt")
     write_atomically(newest, lambda path: torch.save(state, path))
 
 
-def load_state(folder):
-    """The newest readable state of save_state(), on the CPU, or None if there is none. BadInput if none can be read."""
+def load_state(folder, config):
+    """The newest readable state of save_state(), on the CPU, or None if there is none. BadInput if none can be read, or if
+    its `config` says otherwise than this one: every difference is named."""
     torn = []
     for path in (Path(folder) / name for name in ("state.pt", "state.previous.pt")):
         if path.exists():
             try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-                assert isinstance(state, dict) and "step" in state
+                state = load_plain(path)
+                assert isinstance(state, dict) and isinstance(state["step"], int)
+            except (OSError, MemoryError):  # says nothing against the file
+                raise
             except Exception as error:  # torch raises many kinds here: unpickling, zip, end of file
                 torn.append(f"{path} ({type(error).__name__})")
                 continue
-            if torn:  # once known, or it would take the good one's place at the next save
+            if torn:
                 print(f"cannot resume from {torn[0]}: going on from {path.name}, step {state['step']}", file=sys.stderr)
-                (Path(folder) / "state.pt").unlink(missing_ok=True)
+            before = state.get("config")
+            before = before if isinstance(before, dict) else {}
+            if different := [key for key in config if before.get(key, config[key]) != config[key]]:  # an earlier version's run has fewer
+                flag = lambda key: key if " " in key else "--" + key.replace("_", "-")
+                raise BadInput("; ".join(f"{flag(key)} is {config[key]}, but was {before[key]}" for key in different) + f" when the run in {folder} began")
             return state
     if torn:
         raise BadInput(f"cannot resume from {' or '.join(torn)}; start again in another folder")
+
+
+def from_all_ranks(value):
+    """[rank 0's, rank 1's, ...] under torchrun, else [value]; waits for all of them."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def pick_device(name="auto"):
@@ -557,12 +618,18 @@ def pick_device(name="auto"):
         name = next(kind for kind in ("cuda", "mps", "cpu") if there[kind])
     if not there[name]:
         raise BadInput(f"--device {name}: PyTorch sees no such device here")
-    return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" and "LOCAL_RANK" in os.environ else name  # torchrun: a GPU each
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU each
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise BadInput(f"--nproc-per-node: more processes than the {torch.cuda.device_count()} GPUs here")
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return name
 
 
 def run_script(name, run, args):
     """run(args); whatever is wrong with the input becomes one line and exit status 1."""
     try:
         run(args)
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: interrupted")
     except (BadInput, OSError) as problem:
         sys.exit(f"{name}: error: {str(problem).strip().splitlines()[-1]}")  # a reader process puts a traceback before it

@@ -312,13 +312,14 @@ def train_loop(out, steps, lr, models, optimizer, lesson, save_every, after=lamb
 
     start, began, log = 0, time.time(), {}
     Path(out).mkdir(parents=True, exist_ok=True)
-    if saved := load_state(out):
+    config = dict(steps=steps, lr=lr)
+    if saved := load_state(out, config):
         try:
             models.load_state_dict(saved["models"]), optimizer.load_state_dict(saved["optimizer"])
-        except (KeyError, ValueError, RuntimeError) as error:
+            for name, tensor in carry.items():
+                tensor.copy_(saved["carry"][name])
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             raise BadInput(f"--out {out} holds a run of other sizes: {' '.join(str(error).split())[:150]}") from None
-        for name, tensor in carry.items():
-            tensor.copy_(saved["carry"][name])
         start = saved["step"]
     print(f"{sum(p.numel() for p in models.parameters()) / 1e6:.2f}M parameters, from step {start}")
     for step in tqdm(range(start, steps), initial=start, total=steps, desc=Path(out).name, disable=None):
@@ -335,7 +336,7 @@ def train_loop(out, steps, lr, models, optimizer, lesson, save_every, after=lamb
         if (step + 1) % 250 == 0:
             print(f"step {step + 1} " + ", ".join(f"{k} {torch.stack(v[-50:]).mean():.4f}" for k, v in log.items()) + f" {time.time() - began:.0f} s", flush=True)
         if (step + 1) % save_every == 0 or step + 1 == steps:
-            save_state(out, models=models.state_dict(), optimizer=optimizer.state_dict(), carry=carry, step=step + 1)
+            save_state(out, config=config, models=models.state_dict(), optimizer=optimizer.state_dict(), carry=carry, step=step + 1)
 
 
 def train_base(out, steps, batch, lr, seed, pictures, width=128, layers=(2, 2), init=None, lean=2.0, save_every=1000):

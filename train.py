@@ -2,14 +2,14 @@
 
     python train.py --users users-onehot --out runs/onehot                                  # laptop, tiny base, minutes
     torchrun --nproc-per-node 2 train.py --users users-onehot --out runs/onehot --micro 16  # two processes or GPUs
-    python train.py --users users-onehot --out runs/onehot --resume                         # go on where it was killed
+    python train.py --users users-onehot --out runs/onehot --resume                         # go on where it was killed; with torchrun --max-restarts 3 by itself
 
 Writes to --out: adapter.safetensors (for sample.py), state.pt and state.previous.pt (for --resume), train.jsonl (a line a logged
 step), and previews/. The baselines are the same loop: --objective dpo is Diffusion-DPO (Eq. 3: everybody is the zero user,
 who has tokens of their own), --objective sft is Eq. 1 on the preferred pictures with the user as condition.
 """
 import argparse
-import hashlib
+import datetime
 import json
 import math
 import os
@@ -85,6 +85,8 @@ def arguments(argv=None):
                 p.error(f"--{key.replace('_', '-')} {value}: expected {what}")
     if args.batch % (args.micro * world):
         p.error(f"--batch {args.batch}: expected a multiple of --micro x processes = {args.micro * world}")
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        p.error("torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it, or restarted processes look for the dead ones' addresses")
     if not args.resume and any(Path(args.out).glob("state*.pt")):
         p.error(f"--out {args.out} holds a run already: add --resume to continue it, or choose another folder")
     return args
@@ -102,8 +104,9 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from embed import Pairs, collate, ignore_interrupts, load_training, open_pictures
-from ppd import BadInput, StableCascade, UserAdapter, compile_blocks, denoising_error, load_state, pick_device, ppd_loss, read_jsonl, run_script, save_state, write_atomically
+from embed import Pairs, collate, ignore_signals, load_training, open_pictures
+from ppd import (BadInput, StableCascade, UserAdapter, append_line, compile_blocks, denoising_error, from_all_ranks, load_state, pick_device, ppd_loss, read_jsonl,
+                 run_script, save_state, write_atomically)
 from sample import preview
 
 
@@ -140,31 +143,49 @@ def learning_rate(step, args):
 
 @torch.no_grad()
 def validate(base, adapter, batches, args):
-    """Means over the fixed validation batch, as validation_*; nothing where there is none."""
-    parts = []
+    """Means over all ranks' parts of the fixed validation batch, as validation_*; nothing where there is none."""
+    values = {}
     for batch in batches:
         losses, log = forward(base, adapter, batch, "dpo" if args.objective == "dpo" else "ppd", args.beta, user_drop=0)
-        parts.append(log if args.objective == "sft" else dict(loss=losses, **log))  # sft's own loss is another quantity
-    return {f"validation_{k}": torch.cat([p[k] for p in parts]).mean().item() for k in parts[0]} if parts else {}
+        for key, value in (log if args.objective == "sft" else dict(loss=losses, **log)).items():  # sft's own loss is another quantity
+            values.setdefault(f"validation_{key}", []).extend(value.tolist())
+    parts = from_all_ranks(values)
+    return {key: math.fsum(all_of) / len(all_of) for key in parts[0] if (all_of := [v for part in parts for v in part.get(key, ())])}
 
 
-def from_all_ranks(value):
-    """[rank 0's, rank 1's, ...]; waits for all of them."""
-    values = [value] * (dist.get_world_size() if dist.is_initialized() else 1)
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
-    return values
+def exchange(parameters, total):
+    """The only exchange of training, once a step: every gradient and `total` become their sums over ranks."""
+    grads = [p.grad for p in parameters]
+    flat = torch.cat([g.flatten() for g in grads])
+    try:
+        dist.all_reduce(flat), dist.all_reduce(total)
+    except RuntimeError as error:
+        raise BadInput(f"another process is gone, see its own last line ({str(error).splitlines()[0][:100]})") from None
+    torch._foreach_copy_(grads, [part.view_as(g) for g, part in zip(grads, flat.split([g.numel() for g in grads]))])
 
 
-def not_finite(step, seen, gradient):
+def restore(state, adapter, optimizer):
+    """Put a checkpoint of load_state() back -> its step, or 0 if it is None."""
+    if state is None:
+        return 0
+    try:
+        fused = optimizer.param_groups[0]["fused"]  # this device's way, not the checkpoint's
+        adapter.load_state_dict(state["adapter"]), optimizer.load_state_dict(state["optimizer"])
+        optimizer.param_groups[0]["fused"] = fused
+    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+        raise BadInput(f"--resume: the checkpoint is of another base: {' '.join(str(error).split())[:150]}") from None
+    return state["step"]
+
+
+def not_finite(step, quantities, seen, gradient):
     """Stop before the step: BadInput names the ranks and pairs. seen: [(ranking ids, losses)] of this rank's micro-batches;
     gradient: its norm before the exchange."""
     bad = [i for ids, losses in seen for i, loss in zip(ids, losses.tolist()) if not math.isfinite(loss)]
     found = from_all_ranks((bad, bad or not math.isfinite(gradient)))
     ranks, pairs = [rank for rank, (_, broken) in enumerate(found) if broken], [i for bad, _ in found for i in bad]
-    what = f"the loss of pairs {', '.join(map(str, pairs[:8]))}" if pairs else "the gradient, of finite losses"
-    raise BadInput(f"step {step}: not finite on rank {', '.join(map(str, ranks)) or 'none, but in their sum'}: {what}. The step was not "
-                   "taken, the last checkpoint is kept; try a lower --lr or a larger --warmup")
+    where = f"rank {', '.join(map(str, ranks))}" if ranks else "no rank alone, but in the sum"
+    what = f"the loss of pairs {', '.join(map(str, pairs[:8]))}" if pairs else ", ".join(quantities[:3])
+    raise BadInput(f"step {step}: not finite on {where}: {what}. The step was not taken, the last checkpoint is kept; try a lower --lr or a larger --warmup")
 
 
 # ------------------------------------------------------------------------------------------------------------ the loop
@@ -174,7 +195,7 @@ def run(args):
     if device.startswith("cuda"):
         torch.cuda.set_device(device if ":" in device else 0)
     if world > 1:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(hours=1))  # rank 0 may paint previews meanwhile
     say = print if rank == 0 else lambda *a, **k: None
 
     rows, users, reader, settings = load_training(args.users, args.only)
@@ -200,20 +221,10 @@ def run(args):
     # where to begin
     out = Path(args.out)
     config = {key: value for key, value in vars(args).items() if key not in FREE}
-    config |= dict(pairs=len(rows["train"]), embeddings=hashlib.sha256(b"".join(users[name].numpy().tobytes() for name in sorted(users))).hexdigest()[:16])
+    config["the content of --users, by digest,"] = settings["content"]
     header = dict(reader=reader, recipe={key: config[key] for key in RECIPE}, **{key: config[key] for key in ("base", "grid", "objective", "beta", "seed", "users")})
-    start = saved = 0
-    if args.resume and (state := load_state(out)):
-        before = state.get("config", {})
-        if different := [key for key in config if before.get(key, config[key]) != config[key]]:  # an earlier version's run has fewer
-            raise BadInput("--resume: " + "; ".join(f"--{key.replace('_', '-')} is {config[key]}, but was {before[key]}" for key in different)
-                           + f" when the run in {out} began")
-        try:
-            adapter.load_state_dict(state["adapter"]), optimizer.load_state_dict(state["optimizer"])
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise BadInput(f"--resume: the run in {out} is of another base: {' '.join(str(error).split())[:150]}") from None
-        start = saved = state["step"]
-    elif args.resume:
+    start = saved = restore(load_state(out, config) if args.resume else None, adapter, optimizer)
+    if args.resume and not start:
         say(f"--resume: nothing to resume in {out}, starting at 0")
     if len(steps := set(from_all_ranks(start))) > 1:
         raise BadInput(f"--out {out}: the processes find checkpoints of steps {sorted(steps)}; all must see one folder")
@@ -222,7 +233,7 @@ def run(args):
     log_file = out / "train.jsonl"
     if rank == 0:  # cut the log back to the checkpoint
         out.mkdir(parents=True, exist_ok=True)
-        lines = [line for line in (read_jsonl(log_file) if log_file.exists() else []) if line.get("step", start) < start]
+        lines = [line for line in (read_jsonl(log_file) if log_file.exists() else []) if isinstance(line.get("step"), int) and line["step"] < start]
         write_atomically(log_file, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in lines)))
 
     pairs = lambda split, seed: Pairs(rows[split], users, look, base.latent_shape, seed, args.noise == "separate", args.t_min)
@@ -238,14 +249,13 @@ def run(args):
     together = partial(collate, tokenizer=base.tokenizer)
     positions = [range(at := step * args.batch + (m * world + rank) * args.micro, at + args.micro) for step in range(start, args.max_steps) for m in range(accumulate)]
     batches = iter(torch.utils.data.DataLoader(pairs("train", args.seed), batch_sampler=positions, num_workers=args.workers, collate_fn=together,
-                                               worker_init_fn=ignore_interrupts, pin_memory=device.startswith("cuda")))
+                                               worker_init_fn=ignore_signals, pin_memory=device.startswith("cuda")))
     # three captions and people for previews, and a validation batch of the same pairs, noise and timesteps every time, whatever --seed
     captions, names = (sorted({r[key] for r in rows["validation"]})[:3] for key in ("caption", "user"))
     people = {name: torch.zeros_like(adapter.mean)[None] if args.objective == "dpo" else adapter.standardise(users[name][:1].to(adapter.mean)) for name in names}
-    fixed = []
-    if rows["validation"] and rank == 0:
-        held, count = pairs("validation", 0), min(64, len(rows["validation"]))
-        fixed = [together([held[i] for i in range(k, min(k + args.micro, count))]) for k in range(0, count, args.micro)]
+    held, count = pairs("validation", 0), min(64, len(rows["validation"]))
+    parts = [range(k, min(k + args.micro, count)) for k in range(rank * args.micro, count, world * args.micro)]
+    fixed = [together([held[i] for i in part]) for part in parts]
 
     def save(step):
         adapter.save(out / "adapter.safetensors", step=step, **header)
@@ -267,25 +277,22 @@ def run(args):
                 seen.append((batch["ranking_ids"], losses))
                 if stop and rank == 0 and saved < step:  # first of all: torchrun kills half a minute after its signal, a step may take longer
                     save(saved := step)
-            grads = [p.grad for p in parameters]
-            mine = torch.nn.utils.get_total_norm(grads)
+            mine = torch.nn.utils.get_total_norm([p.grad for p in parameters])
             total = torch.cat([total / args.batch, total.new_full((1,), len(stop))])
-            if world > 1:  # the only exchange between ranks: every gradient once a step, the logged sums, and whether to stop
-                flat = torch.cat([g.flatten() for g in grads])
-                dist.all_reduce(flat), dist.all_reduce(total)
-                torch._foreach_copy_(grads, [g.view_as(p) for p, g in zip(parameters, flat.split([p.numel() for p in parameters]))])
+            if world > 1:
+                exchange(parameters, total)
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
             *logged, stopping, grad_norm = torch.cat([total, norm[None].to(total.dtype)]).tolist()  # the step's only wait for the GPU
-            if not all(map(math.isfinite, (*logged, grad_norm))):
-                not_finite(step, seen, mine.item())
             line = dict(step=step, loss=logged[0], **dict(zip(log, logged[1:])), grad_norm=grad_norm, lr=learning_rate(step, args),
                         pairs_per_second=round(args.batch / (time.time() - began), 2))
             line |= dict(peak_gpu_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2)) if device.startswith("cuda") else {}
+            if wrong := [key for key, value in line.items() if not math.isfinite(value)]:
+                not_finite(step, wrong, seen, mine.item())
             last = step + 1 == args.max_steps
-            if rank == 0 and (step % args.log_every == 0 or last):
+            if step % args.log_every == 0 or last:
                 line |= validate(base, adapter, fixed, args)
-                with open(log_file, "a") as file:
-                    file.write(json.dumps(line) + "\n")
+                if rank == 0:
+                    append_line(log_file, json.dumps(line))
                 if line.get("error_preferred", 0) > 1.5 * line.get("error_ref_preferred", math.inf):
                     say(f"warning: step {step}: the preferred pictures' error is {line['error_preferred'] / line['error_ref_preferred']:.1f} x the reference's; "
                         "both errors exploding is how Diffusion-DPO fails: try a larger --beta or a lower --lr")
@@ -296,8 +303,12 @@ def run(args):
                                 f"{line['pairs_per_second']:.1f} pairs/s", refresh=False)
             if rank == 0 and ((step + 1) % args.save_every == 0 or last or stopping):
                 save(saved := step + 1)
-            if fixed and args.preview_every and ((step + 1) % args.preview_every == 0 or last):
-                preview(base, adapter, captions, people, out / "previews" / f"step-{step + 1:06d}.png")
+            if rank == 0 and captions and args.preview_every and ((step + 1) % args.preview_every == 0 or last):
+                try:
+                    preview(base, adapter, captions, people, out / "previews" / f"step-{step + 1:06d}.png")
+                except BadInput as problem:  # Stages A and B may not be there; training needs neither
+                    say(f"warning: no preview: {problem}")
+                vars(base.codec).pop("painter", None)  # nor their memory
             if stopping:
                 say(f"stopped by a signal after step {step}, saved; --resume goes on")
                 break

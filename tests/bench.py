@@ -12,11 +12,13 @@ stays there, whatever its weights' format.) Batches are of cached latents; text 
 FLOPs are counted by PyTorch for the arithmetic that the loss needs (no recomputation), and ratios are of medians.
 """
 import argparse
+import contextlib
 import copy
 import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -25,7 +27,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.chdir(ROOT)
 
+CACHE = tempfile.TemporaryDirectory()  # the first step compiles, whatever was compiled before
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = CACHE.name
+
 import torch
+from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -58,10 +64,10 @@ def make_base(size, device, dtype):
     import diffusers
     import transformers
 
-    from ppd import StableCascade
+    from ppd import StableCascade, make_scheduler
     diffusers.utils.logging.set_verbosity_error()
     base = StableCascade.__new__(StableCascade)  # no checkpoint to load
-    base.device, base.dtype, base.scheduler = torch.device(device), dtype, diffusers.DDPMWuerstchenScheduler()
+    base.device, base.dtype, base.scheduler = torch.device(device), dtype, make_scheduler(device)
     read = lambda part: json.loads((ROOT / "assets/tiny" / part / "config.json").read_text())
     prior, text = (read("prior"), read("text_encoder")) if size == "tiny" else (COMMON | SIZES[size], TEXT)
     torch.manual_seed(0)
@@ -78,7 +84,7 @@ def make_base(size, device, dtype):
 def make_batch(base, micro):
     """What Pairs and collate make of cached latents."""
     full, g = base.prior.config.block_out_channels[0] > 512, torch.Generator().manual_seed(0)
-    side, length, draw = (24, 77, partial(torch.randn, generator=g)) if full else (8, 16, partial(torch.randn, generator=g))
+    (side, length), draw = (24, 77) if full else (8, 16), partial(torch.randn, generator=g)
     noise = draw(micro, 16, side, side)
     tokens = torch.stack([torch.randint(2, base.text_encoder.config.vocab_size, (micro, length), generator=g), torch.ones(micro, length, dtype=torch.long)])
     batch = dict(pictures=draw(2 * micro, 16, side, side).to(base.dtype), noise=torch.cat([noise, noise]), user=draw(micro, 3584 if full else 192),
@@ -86,20 +92,25 @@ def make_batch(base, micro):
     return {key: value.pin_memory() if base.device.type == "cuda" else value for key, value in batch.items()}
 
 
-def make_arm(name, args, device, dtype):
-    """A function that takes one optimizer step."""
-    from ppd import UserAdapter, compile_blocks, ppd_loss
+def make_adapter(base, batch):
+    from ppd import UserAdapter
+    full = base.prior.config.block_out_channels[0] > 512
+    return UserAdapter(batch["user"].shape[1], base.channels, 4, 1024 if full else 64).install(base.prior)
+
+
+def make_arms(args, device, dtype):
+    """{arm: a function that takes one optimizer step}, and the bytes that each arm keeps between steps, as a function. The arms share one
+    prior and one adapter, so that the largest fit on one GPU together."""
+    from ppd import compile_blocks, ppd_loss
     from train import forward
     base = make_base(args.base, device, dtype)
     batch = make_batch(base, args.micro)
-    adapter = UserAdapter(batch["user"].shape[1], base.channels, 4, 64 if args.base == "tiny" else 1024)
-    reference = copy.deepcopy(base.prior) if name == "recipe" else None
-    parameters = list(adapter.install(base.prior).parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=name != "recipe" and device == "cuda")
-    if name == "recipe" or args.checkpointing:
-        base.prior.enable_gradient_checkpointing()
-    if name == "ours":
-        compile_blocks(base.prior)
+    reference = copy.deepcopy(base.prior) if "recipe" in args.arms else None  # before the adapter is installed: it knows no user
+    adapter = make_adapter(base, batch)
+    parameters = list(adapter.parameters())
+    optimizers = {arm: torch.optim.AdamW(parameters, lr=1e-5, fused=arm != "recipe" and device == "cuda") for arm in args.arms}
+    compile_blocks(base.prior)
+    compiled = {block: block._compiled_call_impl for block in base.prior.modules() if block._compiled_call_impl}
 
     def ours():
         forward(base, adapter, batch, "ppd", 1.0, 0.1, backward=lambda losses: (losses.sum() / args.micro).backward())
@@ -119,47 +130,52 @@ def make_arm(name, args, device, dtype):
             loss.backward()
         loss.item()
 
-    def step():
+    def step(arm):
+        (base.prior.enable_gradient_checkpointing if arm == "recipe" or args.checkpointing else base.prior.disable_gradient_checkpointing)()
+        for block, call in compiled.items():
+            block._compiled_call_impl = call if arm == "ours" else None  # what block.compile() sets
         for _ in range(args.accumulate):
-            recipe() if name == "recipe" else ours()
+            recipe() if arm == "recipe" else ours()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizers[arm].step()
+        optimizers[arm].zero_grad(set_to_none=True)
         return norm.item()
-    return step
+
+    def keeps(arm):
+        state = [value for values in optimizers[arm].state.values() for value in values.values()]
+        mine = [*base.prior.parameters(), *base.text_encoder.parameters(), *parameters, *state, *(reference.parameters() if arm == "recipe" else ())]
+        return sum(t.numel() * t.element_size() for t in mine)
+    return {arm: partial(step, arm) for arm in args.arms}, keeps
 
 
-def count(args):
-    """FLOPs a pair and GiB that a micro-step of ours holds at least, eager, in bfloat16, attention as the fused kernels do it."""
+def count(args, fused):
+    """Nothing is run: FLOPs a pair of a step of ours, the bytes of its frozen weights, of adapter, gradient and AdamW, and of what is kept for
+    backward, eager, in bfloat16. fused: attention as the fused kernels do it, which keep less and compute more, or by plain matrix products."""
     import torch.nn.functional as F
 
-    from ppd import UserAdapter
     from train import forward
     plain = F.scaled_dot_product_attention
-    fused = lambda q, k, v, attn_mask=None, **how: (torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0] if attn_mask is None and q.requires_grad
+    flash = lambda q, k, v, attn_mask=None, **how: (torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0] if attn_mask is None and q.requires_grad
                                                     else plain(q, k, v, attn_mask, **how))
     base = make_base(args.base, "meta", torch.bfloat16)
     batch = make_batch(base, args.micro)
-    adapter = UserAdapter(batch["user"].shape[1], base.channels, 4, 64 if args.base == "tiny" else 1024).install(base.prior)
+    adapter = make_adapter(base, batch)
     if args.checkpointing:
         base.prior.enable_gradient_checkpointing()
-    weights = [*base.prior.parameters(), *base.text_encoder.parameters(), *adapter.parameters()]
-    known, kept = {p.untyped_storage()._cdata for p in weights}, {}
+    frozen, trained = [*base.prior.parameters(), *base.text_encoder.parameters()], list(adapter.parameters())
+    known, kept = {p.untyped_storage()._cdata for p in frozen + trained}, {}
 
     def keep(tensor):
         if (storage := tensor.untyped_storage())._cdata not in known:
             kept[storage._cdata] = storage.nbytes(), tensor  # the tensor too, or another would get its address
         return tensor
-    F.scaled_dot_product_attention = fused
+    F.scaled_dot_product_attention = flash if fused else plain
     try:
         with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             forward(base, adapter, batch, "ppd", 1.0, 0.1, backward=lambda losses: losses.sum().backward())
     finally:
         F.scaled_dot_product_attention = plain
-    gib, trained = (lambda bytes: bytes / 2**30), sum(p.numel() for p in adapter.parameters())
-    frozen, activations = 2 * sum(p.numel() for p in weights) - 2 * trained, sum(size for size, _ in kept.values())
-    print(f"{args.base}, {args.micro} pairs{', checkpointing' if args.checkpointing else ''}: {counter.get_total_flops() / args.micro / 1e12:.4g} TFLOP a pair; GiB: "
-          f"{gib(frozen):.1f} frozen weights + {gib(16 * trained):.1f} adapter, gradient and AdamW + {gib(activations):.1f} kept for backward = {gib(frozen + 16 * trained + activations):.1f}")
+    return (counter.get_total_flops() / args.micro, 2 * sum(p.numel() for p in frozen), 16 * sum(p.numel() for p in trained), sum(size for size, _ in kept.values()))
 
 
 def matmul_flops(device, dtype):
@@ -184,38 +200,39 @@ def clock(gpu):
 def main(argv=None):
     args = arguments(argv)
     if args.count:
-        return count(args)
+        flops, *sizes = count(args, fused=True)
+        frozen, trained, kept, total = (size / 2**30 for size in (*sizes, sum(sizes)))
+        print(f"{args.base}, {args.micro} pairs{', checkpointing' if args.checkpointing else ''}: {flops / 1e12:.4g} TFLOP a pair; GiB: {frozen:.1f} frozen weights + "
+              f"{trained:.1f} adapter, gradient and AdamW + {kept:.1f} kept for backward = {total:.1f}")
+        return
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     dtype = (torch.float32 if device == "cpu" else torch.bfloat16) if args.dtype == "auto" else getattr(torch, args.dtype)
-    with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH]):
-        return measure(args, device, dtype)
+    with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else contextlib.nullcontext():  # as train.py does
+        measure(args, device, dtype)
 
 
 def measure(args, device, dtype):
-    """Let the arms take turns; print a table and the two ratios; return {arm: pairs/s}, the share of the ceiling."""
+    """Let the arms take turns; print a table and the two ratios."""
     gpu = device == "cuda"
     name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     print(f"{args.base}: {name}, {str(dtype)[6:]}, {args.micro} pairs a micro-step, {args.accumulate} a step, torch {torch.__version__}", flush=True)
-    held = lambda: torch.cuda.memory_allocated() if gpu else 0
-    arms, weights, first, peak, times, ceilings = {}, {}, {}, {}, {arm: [] for arm in args.arms}, []
-    for arm in args.arms:
-        before = held()
-        arms[arm] = make_arm(arm, args, device, dtype)
-        weights[arm], began = held() - before, clock(gpu)
-        arms[arm]()
+    flops, *_ = count(argparse.Namespace(**vars(args) | dict(checkpointing=False)), fused=False)  # what the loss needs, nothing computed twice
+    arms, keeps = make_arms(args, device, dtype)
+    first, peak, times, ceilings = {}, dict.fromkeys(arms, 0), {arm: [] for arm in arms}, []
+    for arm, step in arms.items():
+        began = clock(gpu)
+        step()
         first[arm] = clock(gpu) - began
-    with FlopCounterMode(display=False) as counter:
-        make_arm("eager", argparse.Namespace(**vars(args) | dict(checkpointing=False, accumulate=1)), device, dtype)()
-    flops = counter.get_total_flops() / args.micro  # a pair's
     for _ in range(args.rounds):
         ceilings.append(matmul_flops(device, dtype))
         for arm, step in arms.items():
             if gpu:
                 torch.cuda.reset_peak_memory_stats()
-            before, began = held(), clock(gpu)
+            before, began = torch.cuda.memory_allocated() if gpu else 0, clock(gpu)
             step()
             times[arm].append(clock(gpu) - began)
-            peak[arm] = max(peak.get(arm, 0), torch.cuda.max_memory_allocated() - before + weights[arm]) if gpu else 0
+            if gpu:
+                peak[arm] = max(peak[arm], torch.cuda.max_memory_allocated() - before + keeps(arm))
     ceiling, speed = statistics.median(ceilings), {arm: args.micro * args.accumulate / statistics.median(t) for arm, t in times.items()}
     print(f"{flops / 1e12:.4g} TFLOP a pair; matmul ceiling {ceiling / 1e12:.4g} TFLOP/s; medians of {args.rounds} steps, smallest to largest in brackets")
     print("| arm | pairs/s | TFLOP/s | of the ceiling | first step, s | peak memory, GiB |\n|---|---|---|---|---|---|")
@@ -224,16 +241,14 @@ def measure(args, device, dtype):
         print(f"| {arm} | {speed[arm]:.3g} ({span}) | {speed[arm] * flops / 1e12:.3g} | {speed[arm] * flops / ceiling:.2f} | {first[arm]:.1f} | {f'{peak[arm] / 2**30:.1f}' if gpu else '-'} |")
     ours = args.arms[0]
     if args.profile:
-        activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * gpu
-        with torch.profiler.profile(activities=activities) as profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * gpu) as profile:
             arms[ours]()
-        key = "self_device_time_total" if gpu else "self_cpu_time_total"
-        costs = sorted(profile.key_averages(), key=lambda e: -getattr(e, key))
-        print("largest costs: " + "; ".join(f"{e.key} {100 * getattr(e, key) / sum(getattr(e, key) for e in costs):.0f}%" for e in costs[:3]))
+        events = [e for e in profile.key_averages() if not gpu or e.device_type == DeviceType.CUDA and not e.is_user_annotation]  # kernels alone
+        costs = {e.key: e.self_device_time_total if gpu else e.self_cpu_time_total for e in events}
+        print("largest costs: " + "; ".join(f"{key} {100 * costs[key] / sum(costs.values()):.0f}%" for key in sorted(costs, key=costs.get)[:-4:-1]))
     if "recipe" in speed:
         print(f"{ours} / recipe: {speed[ours] / speed['recipe']:.2f}")
     print(f"{ours} / ceiling: {speed[ours] * flops / ceiling:.2f}")
-    return speed, speed[ours] * flops / ceiling
 
 
 if __name__ == "__main__":

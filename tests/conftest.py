@@ -1,9 +1,12 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +52,16 @@ def world(tmp_path_factory):
     script("tiny.py", "data", "--out", folder / "data", "--users", 60, "--pairs", 12, "--seed", 7)
     script("embed.py", "--data", folder / "data", "--one-hot", "light", "warm", "large", "--users", folder / "users")
     return folder / "data", folder / "users"
+
+
+@pytest.fixture(scope="session")
+def lean(world, tmp_path_factory):
+    """The same data and users with training pairs alone: nothing to validate on, so that many short runs are quick."""
+    users = tmp_path_factory.mktemp("lean") / "users"
+    shutil.copytree(world[1], users)
+    table = pq.read_table(users / "pairs.parquet")
+    pq.write_table(table.filter(pc.equal(table["split"], "train")), users / "pairs.parquet")
+    return world[0], users
 
 
 @pytest.fixture(scope="session")

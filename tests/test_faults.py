@@ -29,27 +29,46 @@ def steps(out):
     return [json.loads(line)["step"] for line in (out / "train.jsonl").read_text().splitlines()]
 
 
+STARTED = []
+
+
 def start(*command, **env):
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | env)
+    """A script in the background, in a session of its own, output and errors together; whatever is left of it is killed after the test."""
+    STARTED.append(subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                                    env=os.environ | env, start_new_session=True))
+    return STARTED[-1]
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running():
+    yield
+    while STARTED:
+        if (process := STARTED.pop()).poll() is None:
+            process.terminate()  # torchrun ends its processes too
+            process.wait(60)
 
 
 # ------------------------------------------------------------------------------------------------------------- kills
-def drill(world, tmp_path, kills, length, seed):
-    """Kill a run `kills` times, at random moments and every third time in the middle of a write; resume each time -> what each
-    kill met, and whether the end is the undisturbed run's, to the byte."""
-    common, out = ["train.py", "--users", world[1], *SHORT, "--max-steps", length, "--save-every", 1, "--log-every", 4], tmp_path / "run"
+def drill(lean, tmp_path, kills, length, seed):
+    """Kill a run `kills` times, every third time in the middle of a write and else at a random moment of a random step; resume each time ->
+    what each kill met, and whether the end is the undisturbed run's, to the byte."""
+    common, out = ["train.py", "--users", lean[1], *SHORT, "--max-steps", length, "--save-every", 1, "--log-every", 4], tmp_path / "run"
     here = lambda out: train.main([*map(str, common[1:]), "--out", str(out), "--resume"])
     here(tmp_path / "calm")
     rng, met = random.Random(seed), []
     for k in range(kills):
-        process, log = start(*common, "--out", out, "--resume"), out / "train.jsonl"
-        before = log.stat().st_mtime_ns if log.exists() else 0
+        process = start(*common, "--out", out, "--resume")
         until = lambda happened: [time.sleep(0.001) for _ in iter(lambda: process.poll() is None and not happened(), False)]
-        until(lambda: log.exists() and log.stat().st_mtime_ns != before)  # imports are behind it
+        written = lambda path: path.stat().st_mtime_ns if path.exists() else 0
+        before = written(out / "train.jsonl")
+        until(lambda: written(out / "train.jsonl") != before)  # imports are behind it
+        for _ in range(rng.randrange(3)):
+            before = written(out / "adapter.safetensors")
+            until(lambda: written(out / "adapter.safetensors") != before)
         if k % 3 == 2:
             until(lambda: list(out.glob("*.tmp")))
         else:
-            time.sleep(rng.uniform(0, 1))
+            time.sleep(rng.uniform(0, 0.1))
         process.send_signal(signal.SIGKILL)
         said, _ = process.communicate()
         assert process.returncode == -signal.SIGKILL, said
@@ -60,20 +79,20 @@ def drill(world, tmp_path, kills, length, seed):
     return met, same and steps(out) == steps(tmp_path / "calm") == sorted({*range(0, length, 4), length - 1})
 
 
-def test_killed_three_times(world, tmp_path):
-    met, same = drill(world, tmp_path, kills=3, length=16, seed=1)
+def test_killed_three_times(lean, tmp_path):
+    met, same = drill(lean, tmp_path, kills=3, length=16, seed=1)
     assert same, met
 
 
 @pytest.mark.slow
-def test_killed_twenty_times(world, tmp_path):
-    met, same = drill(world, tmp_path, kills=20, length=60, seed=2)
+def test_killed_twenty_times(lean, tmp_path):
+    met, same = drill(lean, tmp_path, kills=20, length=60, seed=2)
     print(*met, f"{len(met)} kills, the same bytes in the end: {same}", sep="\n")
     assert same and sum("half written" in m for m in met) >= 3 and len({m.split(",")[0] for m in met}) >= 5
 
 
-def test_a_torn_checkpoint_falls_back_to_the_one_before(world, tmp_path, capsys):
-    common = ["--users", str(world[1]), *SHORT, "--save-every", "1", "--resume"]
+def test_a_torn_checkpoint_falls_back_to_the_one_before(lean, tmp_path, capsys):
+    common = ["--users", str(lean[1]), *SHORT, "--save-every", "1", "--resume"]
     for out in ("calm", "torn"):
         train.main([*common, "--max-steps", "3", "--out", str(tmp_path / out)])
     newest, previous = (tmp_path / "torn" / name for name in STATES)
@@ -92,17 +111,17 @@ def test_a_torn_checkpoint_falls_back_to_the_one_before(world, tmp_path, capsys)
         train.main([*common, "--max-steps", "3", "--out", str(tmp_path / "torn")])
 
 
-def test_resume_names_everything_that_differs(world, tmp_path):
-    common = ["--users", str(world[1]), *SHORT, "--max-steps", "1", "--out", str(tmp_path)]
+def test_resume_names_everything_that_differs(lean, tmp_path):
+    common = ["--users", str(lean[1]), *SHORT, "--max-steps", "1", "--out", str(tmp_path)]
     train.main(common)
     with pytest.raises(SystemExit) as stop:
         train.main([*common, "--resume", "--beta", "0.5", "--lr", "0.1"])
     assert "--beta is 0.5, but was 6.0; --lr is 0.1, but was 0.0005" in stop.value.code or "--lr is 0.1, but was 0.0005; --beta is 0.5, but was 6.0" in stop.value.code
 
 
-def test_a_full_disk_loses_nothing(world, tmp_path, monkeypatch):
+def test_a_full_disk_loses_nothing(lean, tmp_path, monkeypatch):
     resource = pytest.importorskip("resource")
-    common = ["--users", str(world[1]), *SHORT, "--max-steps", "4", "--save-every", "1"]
+    common = ["--users", str(lean[1]), *SHORT, "--max-steps", "4", "--save-every", "1"]
     train.main([*common, "--out", str(tmp_path / "calm")])
     real, calls, (soft, hard) = torch.save, [], resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -126,28 +145,48 @@ def test_a_full_disk_loses_nothing(world, tmp_path, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------- several ranks
-def torchrun(*command, **env):
-    return ["-m", "torch.distributed.run", "--nproc-per-node", "2", *command]
+def torchrun(*command):
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command]
 
 
-def test_a_dying_rank_ends_the_job_and_a_restart_resumes(world, tmp_path):
-    common = ["train.py", "--users", world[1], "--batch", 8, "--micro", 4, "--device", "cpu", "--preview-every", 0, "--log-every", 1, "--save-every", 1, "--out", tmp_path / "run"]
-    job = start(*torchrun(*common, "--max-steps", 500), OMP_NUM_THREADS="1")
-    while not (tmp_path / "run" / "state.pt").exists():
-        time.sleep(0.2)
-        assert job.poll() is None, job.communicate()[0][-2000:]
-    children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
-    began = time.time()
-    os.kill(int(children[-1]), signal.SIGKILL)
+def test_a_dying_rank_ends_the_job_and_a_restart_resumes(lean, tmp_path):
+    out = tmp_path / "run"
+    common = ["train.py", "--users", lean[1], "--batch", 8, "--micro", 4, "--device", "cpu", "--preview-every", 0, "--max-steps", 40, "--save-every", 1, "--out", out, "--resume"]
+
+    def shoot(job):
+        """SIGKILL for the second rank, two checkpoints from now."""
+        for _ in range(2):
+            before = (out / "state.pt").stat().st_mtime_ns if (out / "state.pt").exists() else 0
+            while not (out / "state.pt").exists() or (out / "state.pt").stat().st_mtime_ns == before:
+                time.sleep(0.01)
+                assert job.poll() is None, job.communicate()[0][-2000:]
+        children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+        os.kill(int(children[-1]), signal.SIGKILL)
+        return time.time()
+    job = start(*torchrun(*common), OMP_NUM_THREADS="1")
+    shot = shoot(job)
     said, _ = job.communicate(timeout=60)
-    assert time.time() - began < 60 and job.returncode != 0 and "SIGKILL" in said
-    done = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"]
-    for path in (tmp_path / "run").glob("state*.pt"):  # a shorter end, so that the test ends too
-        state = torch.load(path, weights_only=True)
-        state["config"]["max_steps"] = done + 2
-        torch.save(state, path)
-    script(*torchrun(*common, "--max-steps", done + 2, "--resume"), OMP_NUM_THREADS="1")
-    assert steps(tmp_path / "run") == list(range(done + 2))
+    assert time.time() - shot < 60 and job.returncode != 0 and "SIGKILL" in said
+    done = torch.load(out / "state.pt", weights_only=True)["step"]
+    assert 0 < done < 40
+    refused = script(*torchrun("--max-restarts", 1, *common), check=False)
+    assert "train.py: error: torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in refused.stderr
+    job = start(*torchrun("--max-restarts", 1, *common), OMP_NUM_THREADS="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")  # torchrun itself starts both again
+    shoot(job)
+    said, _ = job.communicate(timeout=120)
+    assert job.returncode == 0 and steps(out) == [0, 10, 20, 30, 39], said
+
+
+def test_a_signal_to_all_processes_saves(lean, tmp_path):
+    """As schedulers and torchrun send it, to the workers that read pictures too."""
+    process = start("train.py", "--users", lean[1], *SHORT, "--workers", 1, "--save-every", 1000, "--max-steps", 1000, "--out", tmp_path / "run")
+    while not (tmp_path / "run" / "train.jsonl").exists() or not steps(tmp_path / "run"):
+        time.sleep(0.01)
+        assert process.poll() is None, process.communicate()[0]
+    os.killpg(process.pid, signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped by a signal after step" in said and "Traceback" not in said
+    assert torch.load(tmp_path / "run" / "state.pt", weights_only=True)["step"] == steps(tmp_path / "run")[-1] + 1
 
 
 def test_not_finite_names_step_ranks_and_pairs(world, tmp_path, monkeypatch, capsys):
@@ -156,7 +195,7 @@ def test_not_finite_names_step_ranks_and_pairs(world, tmp_path, monkeypatch, cap
     def broken(*args, **kwargs):
         losses, log = real(*args, **kwargs)
         calls.append(1)
-        if len(calls) == 3:  # step 1's only micro-step; validation is off
+        if len(calls) == 3:  # step 2's only micro-step; validation is off
             losses = torch.where(torch.arange(len(losses)) == 5, math.nan, losses)
         return losses, log
     monkeypatch.setattr(train, "ppd_loss", broken)
@@ -179,41 +218,78 @@ def test_both_ranks_stop_at_a_person_who_overflows(world, tmp_path):
     first = [rows[i] for i in embed.epoch_order(0, 0, len(rows))[:8]]
     ranks = [r for r in (0, 1) if any(row["user"] == "large" for row in first[4 * r:4 * r + 4])]
     line = f"train.py: error: step 0: not finite on rank {', '.join(map(str, ranks))}: the loss of pairs {', '.join(str(row['ranking_id']) for row in first if row['user'] == 'large')}. "
-    assert ranks and done.returncode and done.stderr.count(line) == 2 and "Traceback" not in done.stderr.split("train.py: error")[0]
+    assert ranks and done.returncode and done.stderr.count(line) == 2 and 'train.py", line' not in done.stderr
     assert not (tmp_path / "run" / "state.pt").exists()
 
 
 # ----------------------------------------------------------------------------------------------------- what speed rests on
-class Syncs(TorchDispatchMode):
-    """Counts operations that would make the host wait for a GPU."""
-    WAIT = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "item")
+class Waits(TorchDispatchMode):
+    """Finds the operations at which the host would wait for a GPU: reading a value, and copies that are not non-blocking."""
 
     def __init__(self):
         super().__init__()
         self.found = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name in self.WAIT or (name == "index" and any(torch.is_tensor(i) and i.dtype == torch.bool for i in args[1] or ())):
+        name, kwargs = func.overloadpacket.__name__, kwargs or {}
+        tensors = [a for a in args if torch.is_tensor(a)]
+        copied = name == "_to_copy" and torch.device(kwargs.get("device") or args[0].device) != args[0].device or name == "copy_" and args[0].device != args[1].device
+        if (name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique2") or copied and not kwargs.get("non_blocking", False)
+                or name == "index" and any(torch.is_tensor(i) and i.dtype == torch.bool for i in args[1])) and tensors:
             self.found.append(name)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
-def test_nothing_waits_between_micro_steps_and_frozen_weights_get_no_gradient(world):
-    base = ppd.StableCascade("tiny", "cpu")
+@pytest.mark.parametrize("codec", ["tiny", "cascade"])
+def test_no_micro_step_waits_for_its_device(codec, lean):
+    """The base on the meta device stands for one on a GPU: values cannot be read there, and every copy to it is seen."""
+    base, meta = ppd.StableCascade("tiny"), torch.device("meta")
+    if codec == "cascade":
+        base.codec = ppd.CascadeCodec("nowhere", meta, torch.float32, None, None, 3)
+        vars(base.codec)["encoder"] = torch.nn.Conv2d(3, 16, 32, 32, device=meta)
+        base.latent_shape = base.codec.latent_shape
+    else:
+        base.codec.to(meta)
+    for model in (base.prior, base.text_encoder):
+        model.to(meta)
+    base.device, base.scheduler = meta, ppd.make_scheduler(meta)
     adapter = ppd.UserAdapter(3, base.channels).install(base.prior)
-    rows, users, *_ = embed.load_training(world[1])
-    pairs = embed.Pairs(rows["train"], users, embed.Pictures(world[0], base.codec.fit), base.latent_shape, 0, False, 0.85)
-    batches = [embed.collate([pairs[4 * k + i] for i in range(4)], base.tokenizer) for k in range(3)]
-    with Syncs() as syncs:
-        for batch in batches:
-            train.forward(base, adapter, batch, "ppd", 1.0, 0.1, backward=lambda losses: losses.mean().backward())
-        inside = len(syncs.found)
-        torch.stack([p.grad.norm() for p in adapter.parameters()]).sum().item()
-    assert inside == 0, syncs.found
-    assert len(syncs.found) == 1  # the counter counts
-    frozen = [*base.prior.parameters(), *base.text_encoder.parameters()]
-    assert all(not p.requires_grad and p.grad is None for p in frozen) and all(p.grad is not None for p in adapter.parameters())
+    rows, users, *_ = embed.load_training(lean[1])
+    pairs = embed.Pairs(rows["train"], users, embed.Pictures(lean[0], base.codec.fit), base.latent_shape, 0, False, 0.85)
+    batch = embed.collate([pairs[i] for i in range(4)], base.tokenizer)
+    with Waits() as waits:
+        train.forward(base, adapter, batch, "ppd", 1.0, 0.1, backward=lambda losses: losses.mean().backward())
+    assert waits.found == []
+    with Waits() as waits:
+        base.codec.to(torch.float64) if codec == "tiny" else None
+        torch.zeros(1).to(meta), torch.zeros(1).item()
+    assert waits.found == ["_to_copy", "_local_scalar_dense"]  # it does see them
+
+
+def test_nothing_waits_between_micro_steps_and_frozen_weights_get_no_gradient(lean, tmp_path, monkeypatch):
+    """In the loop itself: from a step's first micro-step to its last, the loop reads no value."""
+    real, load, counts, bases = train.forward, train.StableCascade, [], []
+
+    def counted(*args, **kwargs):
+        counts.append(len(waits.found))
+        out = real(*args, **kwargs)
+        counts.append(len(waits.found))
+        return out
+    monkeypatch.setattr(train, "forward", counted)
+    monkeypatch.setattr(train, "StableCascade", lambda *a: bases.append(load(*a)) or bases[0])
+    with Waits() as waits:
+        train.main(["--users", str(lean[1]), *SHORT, "--micro", "2", "--workers", "1", "--max-steps", "2", "--out", str(tmp_path)])
+    micro = len(counts) // 2
+    assert micro == 8 and all(len(set(counts[i:i + 8])) == 1 for i in (0, 8))  # two steps of four
+    frozen = [*bases[0].prior.parameters(), *bases[0].text_encoder.parameters()]
+    assert all(not p.requires_grad and p.grad is None for p in frozen)
+
+
+def test_exploding_errors_are_told(lean, tmp_path, monkeypatch, capsys):
+    real = train.ppd_loss
+    monkeypatch.setattr(train, "ppd_loss", lambda *a: (lambda losses, log: (losses, log | dict(error_preferred=2 * log["error_ref_preferred"])))(*real(*a)))
+    train.main(["--users", str(lean[1]), *SHORT, "--max-steps", "1", "--out", str(tmp_path)])
+    assert "warning: step 0: the preferred pictures' error is 2.0 x the reference's" in capsys.readouterr().out
 
 
 def test_cached_latents_train_the_same(world, tmp_path, capsys):
@@ -249,7 +325,7 @@ def test_compiled_blocks_give_the_same(backend, world, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: real(self, backend=backend, **how))
     torch._dynamo.reset(), counters.clear()
     common = ["--users", str(world[1]), *SHORT, "--max-steps", "2", "--dtype", "float64"]
-    for out, *how in (("eager",), ("compiled", "--compile")):
+    for out, *how in (("eager",), ("compiled", "--compile", "--checkpointing")):
         train.main([*common, "--out", str(tmp_path / out), *how])
     assert 3 <= counters["stats"]["unique_graphs"] <= 16  # for kinds of blocks and uses: the prior has 20 blocks, the run 30 forwards
     assert not counters["graph_break"]

@@ -73,12 +73,12 @@ def test_baselines_are_the_same_loop(objective, world, tmp_path):
         assert change > 1e-4 and lines(tmp_path)[0]["loss"] == pytest.approx(lines(tmp_path)[0]["error_preferred"])
 
 
-def test_accumulation_and_ranks_change_nothing(world, tmp_path):
+def test_accumulation_and_ranks_change_nothing(lean, tmp_path):
     """1 process x 8 accumulated = 1 x 8 at once = 2 processes x 4, in float64 to 1e-9, in float32 to 1e-5."""
     for dtype, tolerance in (("float64", 1e-9), ("float32", 1e-5)):
-        common = ["--users", world[1], *TRAIN, "--max-steps", 2, "--beta", 1, "--lr", 5e-4, "--t-min", 0.85, "--dtype", dtype]
+        common = ["--users", lean[1], *TRAIN, "--max-steps", 2, "--beta", 1, "--lr", 5e-4, "--t-min", 0.85, "--dtype", dtype]
         ways = dict(whole=["train.py", "--micro", 8], split=["train.py", "--micro", 1, "--workers", 2],
-                    ranks=["-m", "torch.distributed.run", "--nproc-per-node", 2, "train.py", "--micro", 4])
+                    ranks=["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "train.py", "--micro", 4])
         state, log = {}, {}
         for name, (head) in ways.items():
             out = tmp_path / f"{dtype}-{name}"

@@ -144,7 +144,7 @@ def test_few_shot_groups():
 
 
 def test_two_processes_write_what_one_writes_and_a_restart_skips(people, tmp_path):
-    port = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29555"]
+    port = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script(*port, "embed.py", "--data", people[0], "--users", tmp_path / "u")
     names = sorted(p.name for p in people[1].iterdir())
     assert names == sorted(p.name for p in (tmp_path / "u").iterdir()) and len(names) > 50
