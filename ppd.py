@@ -149,14 +149,6 @@ def attention_layers(prior):
     return [block.attention for block in prior.modules() if type(block).__name__ == "SDCascadeAttnBlock"]
 
 
-def compile_blocks(prior):
-    """torch.compile every block of Stage C: one graph for each kind of block and use, not one for each block."""
-    torch._dynamo.config.recompile_limit = 64  # with and without a user, gradient, skip connection; training's and preview's shapes
-    for block in prior.modules():
-        if type(block).__name__ in ("SDCascadeResBlock", "SDCascadeAttnBlock", "SDCascadeTimestepBlock"):
-            block.compile(dynamic=False)
-
-
 def shape_of(channels):
     return f"{len(channels)} attention layers of width {'/'.join(map(str, sorted(set(channels))))}"
 
@@ -228,6 +220,7 @@ class StableCascade:
     decoder: hub id or folder with Stages A and B and the image encoder, for a base without a codec of its own.
     grid: side of the latents there. 24 is Stage C's own: 768 px pictures go in, 1024 px pictures come out.
     """
+    compiled = False
 
     def __init__(self, base="tiny", device="cpu", dtype=None, decoder="stabilityai/stable-cascade", grid=24):
         import diffusers
@@ -286,6 +279,14 @@ class StableCascade:
         """Latents (B, C, h, w) -> list of PIL images. Stage B, a diffusion model too, wants captions and seeds (B each)."""
         pixels = self.codec.decode(latents.to(self.dtype), prompts, seeds).float().mul(255).round().byte()
         return [Image.fromarray(p) for p in einops.rearrange(pixels, "b c h w -> b h w c").cpu().numpy()]
+
+    def compile_blocks(self):
+        """torch.compile every block of Stage C: one graph for each kind of block and use, not one for each block."""
+        torch._dynamo.config.recompile_limit = 64  # with and without a user, gradient, skip connection; training's and preview's shapes
+        for block in self.prior.modules():
+            if type(block).__name__ in ("SDCascadeResBlock", "SDCascadeAttnBlock", "SDCascadeTimestepBlock"):
+                block.compile(dynamic=False)
+        self.compiled = True
 
     def round_time(self, t):
         """Timesteps as the base sees them, in float32: rounded once to its dtype, then the same value for the noise and
@@ -612,6 +613,16 @@ def from_all_ranks(value):
     return values
 
 
+def sum_over_ranks(tensors):
+    """Each of these tensors of one dtype becomes its sum over ranks, in one exchange."""
+    flat = torch.cat([t.flatten() for t in tensors])
+    try:
+        torch.distributed.all_reduce(flat)
+    except RuntimeError as error:
+        raise BadInput(f"another process is gone, see its own last line ({str(error).splitlines()[0][:100]})") from None
+    torch._foreach_copy_(tensors, [part.view_as(t) for t, part in zip(tensors, flat.split([t.numel() for t in tensors]))])
+
+
 def pick_device(name="auto"):
     there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
     if name == "auto":
@@ -621,7 +632,7 @@ def pick_device(name="auto"):
     if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU each
         if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
             raise BadInput(f"--nproc-per-node: more processes than the {torch.cuda.device_count()} GPUs here")
-        return f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(name := f"cuda:{os.environ['LOCAL_RANK']}")
     return name
 
 

@@ -154,9 +154,12 @@ def grid(rows, row_labels, column_labels, size=96):
 
 def preview(base, adapter, captions, people, path):
     """A sheet of captions for several people, the base beside them. people: {name: standardised embedding (1, D)}."""
-    seeds = range(len(captions))
     columns = {"base": None} | people
-    pictures = [generate(base, captions, seeds, adapter, person) for person in columns.values()]
+    try:
+        pictures = [generate(base, captions, range(len(captions)), adapter, person) for person in columns.values()]
+    except BadInput as problem:  # Stages A and B may not be there; training needs neither
+        return print(f"warning: no preview: {problem}", file=sys.stderr)
+    vars(base.codec).pop("painter", None)  # nor their memory
     path.parent.mkdir(exist_ok=True)
     write_atomically(path, lambda file: grid(list(zip(*pictures)), captions, list(columns)).save(file, "PNG"))
 

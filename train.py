@@ -105,8 +105,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from embed import Pairs, collate, ignore_signals, load_training, open_pictures
-from ppd import (BadInput, StableCascade, UserAdapter, append_line, compile_blocks, denoising_error, from_all_ranks, load_state, pick_device, ppd_loss, read_jsonl,
-                 run_script, save_state, write_atomically)
+from ppd import (BadInput, StableCascade, UserAdapter, append_line, denoising_error, from_all_ranks, load_state, pick_device, ppd_loss, read_jsonl,
+                 run_script, save_state, sum_over_ranks, write_atomically)
 from sample import preview
 
 
@@ -121,10 +121,12 @@ def forward(base, adapter, batch, objective, beta, user_drop, backward=None):
     latents = base.encode_pixels(pictures) if pictures.dtype == torch.uint8 else pictures  # or cached by embed.py
     x_t = base.add_noise(latents, noise, t)
     text, pooled = (c.repeat(halves, 1, 1) for c in base.encode_tokens(batch["tokens"]))
-    with torch.no_grad():
-        reference = base.predict_noise(x_t, t, text, pooled) if objective != "sft" else None  # eps_ref: no user is set here
-    drop = batch["u_drop"] < (1.0 if objective == "dpo" else user_drop)
-    with adapter.user(adapter(batch["user"].to(dtype), drop)):  # B rows serve both halves
+    tokens = adapter(batch["user"].to(dtype), batch["u_drop"] < (1.0 if objective == "dpo" else user_drop))  # B rows serve both halves
+    # eps_ref: no user is set. But two compiled graphs would round differently, so there it is the policy's own, the user weighed 0
+    off, on = [tokens.new_full((len(t),), w) for w in (0.0, 1.0)] if base.compiled else (0.0, 1.0)
+    with torch.set_grad_enabled(base.compiled and torch.is_grad_enabled()), adapter.user(tokens if base.compiled else None, off):
+        reference = base.predict_noise(x_t, t, text, pooled).detach() if objective != "sft" else None
+    with adapter.user(tokens, on):
         noise_pred = base.predict_noise(x_t, t, text, pooled)
         if objective == "sft":
             losses = denoising_error(noise_pred, noise)  # Eq. 1
@@ -151,17 +153,6 @@ def validate(base, adapter, batches, args):
             values.setdefault(f"validation_{key}", []).extend(value.tolist())
     parts = from_all_ranks(values)
     return {key: math.fsum(all_of) / len(all_of) for key in parts[0] if (all_of := [v for part in parts for v in part.get(key, ())])}
-
-
-def exchange(parameters, total):
-    """The only exchange of training, once a step: every gradient and `total` become their sums over ranks."""
-    grads = [p.grad for p in parameters]
-    flat = torch.cat([g.flatten() for g in grads])
-    try:
-        dist.all_reduce(flat), dist.all_reduce(total)
-    except RuntimeError as error:
-        raise BadInput(f"another process is gone, see its own last line ({str(error).splitlines()[0][:100]})") from None
-    torch._foreach_copy_(grads, [part.view_as(g) for g, part in zip(grads, flat.split([g.numel() for g in grads]))])
 
 
 def restore(state, adapter, optimizer):
@@ -192,8 +183,6 @@ def not_finite(step, quantities, seen, gradient):
 def run(args):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(args.device)
-    if device.startswith("cuda"):
-        torch.cuda.set_device(device if ":" in device else 0)
     if world > 1:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(hours=1))  # rank 0 may paint previews meanwhile
     say = print if rank == 0 else lambda *a, **k: None
@@ -208,7 +197,7 @@ def run(args):
     if args.checkpointing:
         base.prior.enable_gradient_checkpointing()
     if args.compile:
-        compile_blocks(base.prior)
+        base.compile_blocks()
     torch.manual_seed(args.seed)
     adapter = UserAdapter(next(iter(users.values())).shape[1], base.channels, args.tokens, args.token_dim, bias=not args.bias_free)
     if reader[0] != "one-hot":
@@ -280,7 +269,7 @@ def run(args):
             mine = torch.nn.utils.get_total_norm([p.grad for p in parameters])
             total = torch.cat([total / args.batch, total.new_full((1,), len(stop))])
             if world > 1:
-                exchange(parameters, total)
+                sum_over_ranks([total, *(p.grad for p in parameters)])  # the only exchange of training, once a step
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
             *logged, stopping, grad_norm = torch.cat([total, norm[None].to(total.dtype)]).tolist()  # the step's only wait for the GPU
             line = dict(step=step, loss=logged[0], **dict(zip(log, logged[1:])), grad_norm=grad_norm, lr=learning_rate(step, args),
@@ -304,11 +293,7 @@ def run(args):
             if rank == 0 and ((step + 1) % args.save_every == 0 or last or stopping):
                 save(saved := step + 1)
             if rank == 0 and captions and args.preview_every and ((step + 1) % args.preview_every == 0 or last):
-                try:
-                    preview(base, adapter, captions, people, out / "previews" / f"step-{step + 1:06d}.png")
-                except BadInput as problem:  # Stages A and B may not be there; training needs neither
-                    say(f"warning: no preview: {problem}")
-                vars(base.codec).pop("painter", None)  # nor their memory
+                preview(base, adapter, captions, people, out / "previews" / f"step-{step + 1:06d}.png")
             if stopping:
                 say(f"stopped by a signal after step {step}, saved; --resume goes on")
                 break

@@ -27,9 +27,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.chdir(ROOT)
 
-CACHE = tempfile.TemporaryDirectory()  # the first step compiles, whatever was compiled before
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = CACHE.name
-
 import torch
 from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -101,7 +98,7 @@ def make_adapter(base, batch):
 def make_arms(args, device, dtype):
     """{arm: a function that takes one optimizer step}, and the bytes that each arm keeps between steps, as a function. The arms share one
     prior and one adapter, so that the largest fit on one GPU together."""
-    from ppd import compile_blocks, ppd_loss
+    from ppd import ppd_loss
     from train import forward
     base = make_base(args.base, device, dtype)
     batch = make_batch(base, args.micro)
@@ -109,7 +106,7 @@ def make_arms(args, device, dtype):
     adapter = make_adapter(base, batch)
     parameters = list(adapter.parameters())
     optimizers = {arm: torch.optim.AdamW(parameters, lr=1e-5, fused=arm != "recipe" and device == "cuda") for arm in args.arms}
-    compile_blocks(base.prior)
+    base.compile_blocks()
     compiled = {block: block._compiled_call_impl for block in base.prior.modules() if block._compiled_call_impl}
 
     def ours():
@@ -134,6 +131,7 @@ def make_arms(args, device, dtype):
         (base.prior.enable_gradient_checkpointing if arm == "recipe" or args.checkpointing else base.prior.disable_gradient_checkpointing)()
         for block, call in compiled.items():
             block._compiled_call_impl = call if arm == "ours" else None  # what block.compile() sets
+        base.compiled = arm == "ours"
         for _ in range(args.accumulate):
             recipe() if arm == "recipe" else ours()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -205,6 +203,9 @@ def main(argv=None):
         print(f"{args.base}, {args.micro} pairs{', checkpointing' if args.checkpointing else ''}: {flops / 1e12:.4g} TFLOP a pair; GiB: {frozen:.1f} frozen weights + "
               f"{trained:.1f} adapter, gradient and AdamW + {kept:.1f} kept for backward = {total:.1f}")
         return
+    if "ours" in args.arms:
+        cache = tempfile.TemporaryDirectory()  # the first step compiles, whatever was compiled before
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     dtype = (torch.float32 if device == "cpu" else torch.bfloat16) if args.dtype == "auto" else getattr(torch, args.dtype)
     with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else contextlib.nullcontext():  # as train.py does

@@ -77,13 +77,15 @@ def test_accumulation_and_ranks_change_nothing(lean, tmp_path):
     """1 process x 8 accumulated = 1 x 8 at once = 2 processes x 4, in float64 to 1e-9, in float32 to 1e-5."""
     for dtype, tolerance in (("float64", 1e-9), ("float32", 1e-5)):
         common = ["--users", lean[1], *TRAIN, "--max-steps", 2, "--beta", 1, "--lr", 5e-4, "--t-min", 0.85, "--dtype", dtype]
-        ways = dict(whole=["train.py", "--micro", 8], split=["train.py", "--micro", 1, "--workers", 2],
-                    ranks=["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "train.py", "--micro", 4])
-        state, log = {}, {}
-        for name, (head) in ways.items():
+        state, log, threads = {}, {}, torch.get_num_threads()
+        for name, *how in (("whole", "--micro", 8), ("split", "--micro", 1, "--workers", 2), ("ranks", "--micro", 4)):
             out = tmp_path / f"{dtype}-{name}"
-            cut = head.index("--micro")
-            script(*head[:cut], *common, "--out", out, *head[cut:], OMP_NUM_THREADS="1")
+            if name == "ranks":
+                script("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "train.py", *common, "--out", out, *how, OMP_NUM_THREADS="1")
+            else:
+                torch.set_num_threads(1)  # sums in the same order everywhere
+                train.main([*map(str, common), "--out", str(out), *map(str, how)])
+                torch.set_num_threads(threads)
             state[name], log[name] = torch.load(out / "state.pt", weights_only=True), lines(out)
         for other in ("split", "ranks"):
             for key in ("loss", "grad_norm", "error_preferred"):
