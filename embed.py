@@ -15,7 +15,6 @@ import datetime
 import hashlib
 import io
 import json
-import os
 import pickle
 import re
 import signal
@@ -74,10 +73,7 @@ def arguments(argv=None):
             args.layer = int(args.layer)
         except ValueError:
             p.error(f"--layer {args.layer}: expected a number or all")
-    for name in ("shots", "groups", "batch"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name} {getattr(args, name)}: expected 1 or more")
-    for name, least in dict(grid=1, workers=0).items():
+    for name, least in dict(shots=1, groups=1, batch=1, grid=1, workers=0).items():
         if getattr(args, name) < least:
             p.error(f"--{name} {getattr(args, name)}: expected {least} or more")
     if len(set(args.one_hot)) < len(args.one_hot):
@@ -109,13 +105,15 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import tiny
-from ppd import (TINY, BadInput, fit_pixels, hub_file, is_hub_id, load_codec, load_frozen, load_user, pick_device, reader_of, run_script, tokenise,
-                 write_atomically)
+from ppd import (TINY, BadInput, encode_pixels, fit_pixels, hub_file, is_hub_id, load_codec, load_frozen, load_user, pick_device, pick_dtype, rank_and_world,
+                 reader_of, run_script, tokenise, write_atomically)
 
 COLUMNS = dict(ranking_id="an integer", user_id="an integer", caption="a string", image_0_uid="a string",
                image_1_uid="a string", label_0="a number", jpg_0="bytes", jpg_1="bytes")  # of Pick-a-Pic v2
-KINDS = {"an integer": (pa.types.is_integer,), "integers": (lambda t: pa.types.is_list(t) and pa.types.is_integer(t.value_type),), "a string": (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
-         "a number": (pa.types.is_floating, pa.types.is_integer), "bytes": (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)}
+KINDS = {"an integer": pa.types.is_integer, "integers": lambda t: pa.types.is_list(t) and pa.types.is_integer(t.value_type),
+         "a number": lambda t: pa.types.is_floating(t) or pa.types.is_integer(t),
+         "a string": lambda t: pa.types.is_string(t) or pa.types.is_large_string(t) or pa.types.is_string_view(t),
+         "bytes": lambda t: pa.types.is_binary(t) or pa.types.is_large_binary(t) or pa.types.is_binary_view(t)}
 
 
 # --------------------------------------------------------------------------------- what the VLM is asked (Sec. 4.2)
@@ -158,9 +156,9 @@ def read_rows(data):
             for column, kind in COLUMNS.items():
                 if column not in reader.schema_arrow.names:
                     raise BadInput(f"{file}: column {column!r} is missing; expected Pick-a-Pic v2's columns")
-                if not any(fits(found := reader.schema_arrow.field(column).type) for fits in KINDS[kind]):
+                if not KINDS[kind](found := reader.schema_arrow.field(column).type):
                     raise BadInput(f"{file}: column {column!r} is of type {found}; expected {kind}")
-            table = reader.read(columns=[column for column in COLUMNS if KINDS[COLUMNS[column]] is not KINDS["bytes"]]).to_pylist()
+            table = reader.read(columns=[column for column, kind in COLUMNS.items() if kind != "bytes"]).to_pylist()
         except (pa.ArrowException, OSError) as error:
             raise BadInput(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from None
         for i, row in enumerate(table):
@@ -268,7 +266,7 @@ def load_vlm(name, device):
     if isinstance(folder, Path) and not (folder / "config.json").is_file():
         raise BadInput(f"--vlm {name}: no {folder / 'config.json'}; expected 'tiny', a hub id or a folder in its layout")
     try:
-        model = load_frozen(transformers.LlavaOnevisionForConditionalGeneration, folder, device, dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+        model = load_frozen(transformers.LlavaOnevisionForConditionalGeneration, folder, device, dtype=pick_dtype("auto", device))
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
         return model, tokenizer, LlavaOnevisionImageProcessorPil.from_pretrained(folder)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
@@ -339,7 +337,7 @@ def vlm_users(args, rows, settings):
     """Sec. 4.2: every person with enough choices, four, is read by the VLM, one embedding a group. Seen people are read from
     their train captions only, unseen ones from those that nobody is tested on. Under torchrun each process reads its
     share; what is written already is skipped."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     people = {}
     for row in rows:
         people.setdefault(str(row["user_id"]), []).append(row)
@@ -480,7 +478,7 @@ def load_reward(name, device):
             head = lambda x: reduce(lambda x, layer: F.linear(x, *layer), layers, x.float())[:, 0]
     except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
         raise BadInput(f"reward {name} ({title}): cannot load {repository}: {str(error).strip().splitlines()[0]}") from None
-    return model.to(device, torch.float32 if device == "cpu" else torch.bfloat16).eval().requires_grad_(False), processor, head
+    return model.to(device, pick_dtype("auto", device)).eval().requires_grad_(False), processor, head
 
 
 @torch.no_grad()
@@ -505,7 +503,7 @@ def score(name, images, captions, device="cpu", batch=64):
 def score_pairs(args, names, rows, device, chunk=256):
     """Both pictures' scores by the named rewards: {name: (n, 2)}, nan where a picture is broken, which is named. Kept in
     <users>/scores, a file a chunk: nothing is computed twice, and under torchrun every process scores its share."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     folder, chunks = Path(args.users) / "scores", [rows[i:i + chunk] for i in range(0, len(rows), chunk)]
     folder.mkdir(parents=True, exist_ok=True)
     ids = lambda rows: np.array([row["ranking_id"] for row in rows])
@@ -567,7 +565,7 @@ def read_pairs(folder):
         raise BadInput(f"{path}: not a pairs file of embed.py ({type(error).__name__})") from None
     kinds = dict(ranking_id="an integer", user="a string", split="a string", caption="a string", file="a string", row="an integer", preferred="an integer", groups="integers")
     for column, kind in kinds.items():
-        if column not in table.column_names or table[column].null_count or not any(fits(table[column].type) for fits in KINDS[kind]):
+        if column not in table.column_names or table[column].null_count or not KINDS[kind](table[column].type):
             raise BadInput(f"{path}: column {column!r} is missing, or not {kind} everywhere")
     for name in table["user"].unique().to_pylist():  # they become file names
         if not re.fullmatch(r"[\w-][\w.-]*", name):
@@ -588,7 +586,7 @@ def one_hot_users(args, rows, settings):
     rewards = [name for name in args.one_hot if name != "own"]
     scores = score_pairs(args, rewards, rows, pick_device(args.device)) if rewards else {}
     scores["own"] = np.array([[1 - row["preferred"], row["preferred"]] for row in rows], np.float32)
-    if dist.is_initialized() and dist.get_rank() > 0:
+    if rank_and_world()[0]:
         return
     pairs = [row | dict(user=name, preferred=int(second > first), groups=[0], score_0=first, score_1=second)
              for i, row in enumerate(rows) for name in args.one_hot for first, second in [scores[name][i].tolist()]
@@ -661,7 +659,7 @@ class Latents:
     @staticmethod
     def key(row, side):
         """A picture recurs under one uid; one without is only itself."""
-        return str(row[f"image_{side}_uid"] or f"{row['file']} {row['row']} {side}")
+        return str(row.get(f"image_{side}_uid") or f"{row['file']} {row['row']} {side}")
 
     def shards(self, codec, dtype):
         """[(file, the keys of its pictures, what must be true of it)]"""
@@ -706,13 +704,13 @@ def is_shard(path, wanted):
 
 def open_pictures(folder, data, rows, codec, dtype):
     """Latents of a users folder, every shard checked, or its Pictures if none were cached. rows: all of pairs.parquet."""
+    if not (Path(folder) / "latents").is_dir():
+        return Pictures(data, codec.fit, rows)
     latents = Latents(folder, rows)
-    if latents.folder.is_dir():
-        for path, _, header in latents.shards(codec, dtype):
-            if not is_shard(path, header):
-                raise BadInput(f"{path}: this shard is missing; run embed.py --cache-latents again, it goes on where it stopped")
-        return latents
-    return Pictures(data, codec.fit, rows)
+    for path, _, header in latents.shards(codec, dtype):
+        if not is_shard(path, header):
+            raise BadInput(f"{path}: this shard is missing; run embed.py --cache-latents again, it goes on where it stopped")
+    return latents
 
 
 @lru_cache(2)
@@ -787,10 +785,10 @@ def cache_latents(args):
     are there are skipped; under torchrun every process writes its share."""
     rows, settings = read_pairs(args.users)
     device, data = pick_device(args.device), Path(args.data or settings["data"])
-    dtype = getattr(torch, args.dtype) if args.dtype != "auto" else torch.float32 if device == "cpu" else torch.bfloat16  # the base's
+    dtype = pick_dtype(args.dtype, device)  # the base's
     codec, latents = load_codec(args.base, device, dtype, args.decoder, args.grid), Latents(args.users, rows)
     Pictures(data, codec.fit, rows)  # looks whether all files are there
-    rank, world, broken = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), 0
+    (rank, world), broken = rank_and_world(), 0
     for path, keys, header in tqdm(latents.shards(codec, dtype)[rank::world], desc="encoding pictures", unit="shard", disable=None):
         if is_shard(path, header):
             continue
@@ -800,7 +798,7 @@ def cache_latents(args):
             good = [i for i, pixels in enumerate(some) if pixels is not None]
             part = torch.full((len(some), *codec.latent_shape), torch.nan, dtype=dtype)
             if good:
-                part[good] = codec.encode(torch.stack([some[i] for i in good]).to(device).float() / 255).to(dtype).cpu()
+                part[good] = encode_pixels(codec, torch.stack([some[i] for i in good]).to(device), dtype).cpu()
             parts.append(part)
             broken += len(some) - len(good)
         latents.folder.mkdir(exist_ok=True)
@@ -829,8 +827,8 @@ def run(args):
             raise BadInput(f"--users {args.users} holds users made with another --{changed[0].replace('_', '-')}; choose another folder")
         print(f"{args.users}: already done")
         return
-    rank = int(os.environ.get("RANK", 0))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    rank, world = rank_and_world()
+    if world > 1:
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))  # the slowest process may need days more
     if args.data == "data/tiny" and not Path(args.data).exists() and rank == 0:
         tiny.write_data(args.data)

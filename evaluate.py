@@ -89,7 +89,7 @@ from tqdm import tqdm
 
 import tiny
 from embed import ANSWER, REWARDS, SYSTEM, group_pictures, load_vlm, prompt, read_pairs, read_people, read_pictures, read_rows, score, share, write
-from ppd import BadInput, UserAdapter, load_user, pick_device, read_jsonl, run_script, write_atomically
+from ppd import BadInput, UserAdapter, append_line, load_user, pick_device, read_jsonl, run_script, write_atomically, write_jsonl
 from sample import generate, grid, load_base, read_prompts, standardised
 
 
@@ -888,7 +888,7 @@ def judge(args):
         if broken := [n for n, line in enumerate(kept[1:], 2) if not {"kind", "user"} <= line.keys()]:
             raise BadInput(f"{journal} line {broken[0]}: no judgement; move the file away or choose another --out")
         done = {(line["kind"], line["user"]): line for line in kept[1:]}
-    write_atomically(journal, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in (how, *done.values()))))
+    write_jsonl(journal, (how, *done.values()))
     left = [(kind, row) for kind, row in todo if (kind, row["user"]) not in done]
     vlm = load_vlm(args.judge, pick_device(args.device)) if left and not args.judge_url else None
     sheet, position = [], {(kind, row["user"]): i for i, (kind, row) in enumerate(todo)}
@@ -918,8 +918,7 @@ def judge(args):
                 line["truth"] = float(wins(*tiny.utility(taste([row["user"]]).numpy(), [ours, theirs])))
             done[kind, row["user"]] = line
             sheet += [(f"{row['user']}, {kind}: {line['pictures']}", row["caption"], theirs, ours)] if len(sheet) < 8 else []
-            with open(journal, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            append_line(journal, json.dumps(line))
     result = dict(judge=args.judge, people={})
     for name in ("seen", "unseen", "all"):
         result["people"][name] = counted([line["pictures"] for line in done.values() if name in (line["kind"], "all")])

@@ -231,7 +231,7 @@ class StableCascade:
         self.name = str(base)
         folder, sub = find_base(self.name)
         self.device = torch.device(device)
-        self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.bfloat16)
+        self.dtype = dtype or pick_dtype("auto", device)
         if self.dtype == torch.float16:
             raise BadInput("float16 gives NaN in Stage C: use bfloat16 or float32")
 
@@ -268,7 +268,7 @@ class StableCascade:
     @torch.no_grad()
     def encode_pixels(self, pixels):
         """Of fit_pixels(images, *codec.fit), on the base's device -> latents (B, C, h, w) in the base's dtype."""
-        return self.codec.encode(pixels.float() / 255).to(self.dtype)
+        return encode_pixels(self.codec, pixels, self.dtype)
 
     def encode_images(self, images):
         """PIL images of any size -> latents (B, C, h, w) in the base's dtype. Short side resized, centre cropped."""
@@ -354,6 +354,11 @@ def fit_pixels(images, side, resample):
     """PIL images, short side resized and centre cropped -> (B, 3, side, side) uint8."""
     fitted = np.stack([ImageOps.fit(image.convert("RGB"), (side, side), resample) for image in images])
     return einops.rearrange(torch.from_numpy(fitted), "b h w c -> b c h w").contiguous()
+
+
+def encode_pixels(codec, pixels, dtype):
+    """(B, 3, side, side) uint8 -> latents (B, C, h, w): training and embed.py's cached latents alike."""
+    return codec.encode(pixels.float() / 255).to(dtype)
 
 
 def load_codec(base, device, dtype, decoder, grid, tokenizer=None, text_encoder=None):
@@ -569,6 +574,11 @@ def read_jsonl(path):
     return out
 
 
+def write_jsonl(path, lines):
+    """Dicts -> a .jsonl, atomically."""
+    write_atomically(path, lambda temporary: temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8"))
+
+
 def save_state(folder, **state):
     """<folder>/state.pt, what a run needs to go on; the one before it becomes state.previous.pt, so that at every instant
     a whole one is on the disk."""
@@ -604,22 +614,35 @@ def load_state(folder, config):
         raise BadInput(f"cannot resume from {' or '.join(torn)}; start again in another folder")
 
 
+def rank_and_world():
+    """This process's number, and how many there are, as torchrun tells; 0 and 1 without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextlib.contextmanager
+def exchange():
+    """BadInput if another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise BadInput(f"another process is gone, see its own last line ({str(error).splitlines()[0][:100]})") from None
+
+
 def from_all_ranks(value):
     """[rank 0's, rank 1's, ...] under torchrun, else [value]; waits for all of them."""
     if not torch.distributed.is_initialized():
         return [value]
     values = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
+    with exchange():
+        torch.distributed.all_gather_object(values, value)
     return values
 
 
 def sum_over_ranks(tensors):
     """Each of these tensors of one dtype becomes its sum over ranks, in one exchange."""
     flat = torch.cat([t.flatten() for t in tensors])
-    try:
+    with exchange():
         torch.distributed.all_reduce(flat)
-    except RuntimeError as error:
-        raise BadInput(f"another process is gone, see its own last line ({str(error).splitlines()[0][:100]})") from None
     torch._foreach_copy_(tensors, [part.view_as(t) for t, part in zip(tensors, flat.split([t.numel() for t in tensors]))])
 
 
@@ -634,6 +657,11 @@ def pick_device(name="auto"):
             raise BadInput(f"--nproc-per-node: more processes than the {torch.cuda.device_count()} GPUs here")
         torch.cuda.set_device(name := f"cuda:{os.environ['LOCAL_RANK']}")
     return name
+
+
+def pick_dtype(name, device):
+    """The dtype of a --dtype; auto is float32 on a CPU, else bfloat16."""
+    return getattr(torch, name) if name != "auto" else torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
 
 
 def run_script(name, run, args):

@@ -105,8 +105,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from embed import Pairs, collate, ignore_signals, load_training, open_pictures
-from ppd import (BadInput, StableCascade, UserAdapter, append_line, denoising_error, from_all_ranks, load_state, pick_device, ppd_loss, read_jsonl,
-                 run_script, save_state, sum_over_ranks, write_atomically)
+from ppd import (BadInput, StableCascade, UserAdapter, append_line, denoising_error, from_all_ranks, load_state, pick_device, pick_dtype, ppd_loss,
+                 rank_and_world, read_jsonl, run_script, save_state, sum_over_ranks, write_jsonl)
 from sample import preview
 
 
@@ -181,7 +181,7 @@ def not_finite(step, quantities, seen, gradient):
 
 # ------------------------------------------------------------------------------------------------------------ the loop
 def run(args):
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = rank_and_world()
     device = pick_device(args.device)
     if world > 1:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(hours=1))  # rank 0 may paint previews meanwhile
@@ -191,7 +191,7 @@ def run(args):
     args.max_steps = args.max_steps or math.ceil(len(rows["train"]) / args.batch)  # one epoch
 
     # the frozen base, the adapter, the optimizer
-    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+    dtype = pick_dtype(args.dtype, device)
     base = StableCascade(args.base, device, dtype, args.decoder, args.grid)
     look = open_pictures(args.users, args.data or settings["data"], rows["all"], base.codec, base.dtype)
     if args.checkpointing:
@@ -223,7 +223,7 @@ def run(args):
     if rank == 0:  # cut the log back to the checkpoint
         out.mkdir(parents=True, exist_ok=True)
         lines = [line for line in (read_jsonl(log_file) if log_file.exists() else []) if isinstance(line.get("step"), int) and line["step"] < start]
-        write_atomically(log_file, lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in lines)))
+        write_jsonl(log_file, lines)
 
     pairs = lambda split, seed: Pairs(rows[split], users, look, base.latent_shape, seed, args.noise == "separate", args.t_min)
     accumulate = args.batch // (args.micro * world)
@@ -257,9 +257,9 @@ def run(args):
     # on a CPU the fused backward of attention is the slowest part of a step: plain matrix products are quicker
     with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else contextlib.nullcontext():
         for step in range(start, args.max_steps):
-            began, total, seen = time.time(), 0, []
+            began, total, seen, lr = time.time(), 0, [], learning_rate(step, args)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args)
+                group["lr"] = lr
             for batch in islice(batches, accumulate):
                 losses, log = forward(base, adapter, batch, args.objective, args.beta, args.user_drop, backward=lambda losses: (losses.sum() / args.batch).backward())
                 total = total + torch.stack([losses.sum(), *(v.sum() for v in log.values())])
@@ -272,7 +272,7 @@ def run(args):
                 sum_over_ranks([total, *(p.grad for p in parameters)])  # the only exchange of training, once a step
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
             *logged, stopping, grad_norm = torch.cat([total, norm[None].to(total.dtype)]).tolist()  # the step's only wait for the GPU
-            line = dict(step=step, loss=logged[0], **dict(zip(log, logged[1:])), grad_norm=grad_norm, lr=learning_rate(step, args),
+            line = dict(step=step, loss=logged[0], **dict(zip(log, logged[1:])), grad_norm=grad_norm, lr=lr,
                         pairs_per_second=round(args.batch / (time.time() - began), 2))
             line |= dict(peak_gpu_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2)) if device.startswith("cuda") else {}
             if wrong := [key for key, value in line.items() if not math.isfinite(value)]:

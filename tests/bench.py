@@ -196,6 +196,7 @@ def clock(gpu):
 
 
 def main(argv=None):
+    from ppd import pick_dtype
     args = arguments(argv)
     if args.count:
         flops, *sizes = count(args, fused=True)
@@ -207,7 +208,7 @@ def main(argv=None):
         cache = tempfile.TemporaryDirectory()  # the first step compiles, whatever was compiled before
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
     device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = (torch.float32 if device == "cpu" else torch.bfloat16) if args.dtype == "auto" else getattr(torch, args.dtype)
+    dtype = pick_dtype(args.dtype, device)
     with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else contextlib.nullcontext():  # as train.py does
         measure(args, device, dtype)
 

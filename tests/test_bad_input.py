@@ -154,7 +154,6 @@ def bad(world, tmp_path_factory):
     pq.write_table(change(table, user_id=[f"../../{i}" for i in range(len(table))]), folder("ids") / "d.parquet")
     pq.write_table(change(table, jpg_0=["/etc/passwd"] * len(table)), folder("paths") / "d.parquet")
     pq.write_table(change(table, label_0=[0.5] * len(table)), folder("ties") / "d.parquet")
-    pq.write_table(change(table, jpg_0=[b"no picture"] * len(table)), folder("broken") / "d.parquet")
 
     # people
     def people(name, table=pairs, **fields):

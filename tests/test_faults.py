@@ -1,6 +1,5 @@
 """What a long run meets: kills at any moment, torn files, a full disk, a dying rank, numbers that are not finite. And what its speed rests on:
 no waiting for the device between micro-steps, no gradient where nothing is trained, latents encoded once."""
-import json
 import math
 import os
 import random
@@ -27,7 +26,7 @@ SHORT = ["--batch", "8", "--micro", "8", "--device", "cpu", "--preview-every", "
 
 
 def steps(out):
-    return [json.loads(line)["step"] for line in (out / "train.jsonl").read_text().splitlines()]
+    return [line["step"] for line in ppd.read_jsonl(out / "train.jsonl")]
 
 
 STARTED = []
@@ -183,6 +182,16 @@ def test_restarts_that_would_hang_are_refused(lean, monkeypatch, capsys):
     assert "train.py: error: torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in capsys.readouterr().err
 
 
+def test_a_lost_process_is_said_in_one_line(monkeypatch):
+    def lost(*_):
+        raise RuntimeError("Connection closed by peer\nframe #0")
+    for name, fake in dict(is_initialized=lambda: True, get_world_size=lambda: 2, all_gather_object=lost, all_reduce=lost).items():
+        monkeypatch.setattr(torch.distributed, name, fake)
+    for call in (lambda: ppd.from_all_ranks(0), lambda: ppd.sum_over_ranks([torch.ones(1)])):
+        with pytest.raises(ppd.BadInput, match="^another process is gone, see its own last line .Connection closed by peer.$"):
+            call()
+
+
 def test_a_signal_to_all_processes_saves(lean, tmp_path):
     """As schedulers and torchrun send it, to the workers that read pictures too."""
     process = start("train.py", "--users", lean[1], *SHORT, "--workers", 1, "--save-every", 1000, "--max-steps", 1000, "--out", tmp_path / "run")
@@ -298,31 +307,27 @@ def test_exploding_errors_are_told(lean, tmp_path, monkeypatch, capsys):
     assert "warning: step 0: the preferred pictures' error is 2.0 x the reference's" in capsys.readouterr().out
 
 
-def test_cached_latents_train_the_same(world, tmp_path, capsys):
+def test_cached_latents_train_the_same(world, tmp_path, monkeypatch, capsys):
     users = tmp_path / "users"
     script("embed.py", "--data", world[0], "--one-hot", "light", "warm", "large", "--users", users)
     common = ["--users", str(users), *SHORT, "--max-steps", "2"]
     train.main([*common, "--out", str(tmp_path / "pictures")])
-    monkey = embed.Latents.SHARD
-    embed.Latents.SHARD = 300
-    try:
-        embed.main(["--cache-latents", "--users", str(users), "--device", "cpu"])
-        train.main([*common, "--out", str(tmp_path / "cached"), "--data", str(tmp_path)])  # touches no picture: there is none
-        said = capsys.readouterr().out
-        losses = lambda name: [json.loads(l)["loss"] for l in (tmp_path / name / "train.jsonl").read_text().splitlines()]
-        assert "cached latents" in said and losses("cached") == pytest.approx(losses("pictures"), rel=1e-4)  # batches of another size round otherwise
-        shards = sorted((users / "latents").glob("*.safetensors"))
-        assert len(shards) > 1
-        shards[-1].unlink()
-        with pytest.raises(SystemExit, match=f"{shards[-1].name}: this shard is missing"):
-            train.main([*common, "--out", str(tmp_path / "third")])
-        embed.main(["--cache-latents", "--users", str(users), "--device", "cpu"])
-        assert shards[-1].exists()
-        shards[0].write_bytes(b"not a shard")
-        with pytest.raises(SystemExit, match=f"{shards[0].name}: not a shard of latents"):
-            train.main([*common, "--out", str(tmp_path / "third")])
-    finally:
-        embed.Latents.SHARD = monkey
+    monkeypatch.setattr(embed.Latents, "SHARD", 300)
+    embed.main(["--cache-latents", "--users", str(users), "--device", "cpu"])
+    train.main([*common, "--out", str(tmp_path / "cached"), "--data", str(tmp_path)])  # touches no picture: there is none
+    said = capsys.readouterr().out
+    losses = lambda name: [line["loss"] for line in ppd.read_jsonl(tmp_path / name / "train.jsonl")]
+    assert "cached latents" in said and losses("cached") == pytest.approx(losses("pictures"), rel=1e-4)  # batches of another size round otherwise
+    shards = sorted((users / "latents").glob("*.safetensors"))
+    assert len(shards) > 1
+    shards[-1].unlink()
+    with pytest.raises(SystemExit, match=f"{shards[-1].name}: this shard is missing"):
+        train.main([*common, "--out", str(tmp_path / "third")])
+    embed.main(["--cache-latents", "--users", str(users), "--device", "cpu"])
+    assert shards[-1].exists()
+    shards[0].write_bytes(b"not a shard")
+    with pytest.raises(SystemExit, match=f"{shards[0].name}: not a shard of latents"):
+        train.main([*common, "--out", str(tmp_path / "third")])
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -346,7 +351,7 @@ def test_compiled_policy_begins_as_the_reference(world, tmp_path):
         torch._dynamo.reset()
         out = tmp_path / f"run{len(how)}"
         train.main(["--users", str(world[1]), *SHORT, "--max-steps", "1", "--dtype", "bfloat16", "--compile", *how, "--out", str(out)])
-        first = json.loads((out / "train.jsonl").read_text())
+        first, = ppd.read_jsonl(out / "train.jsonl")
         assert first["loss"] == first["validation_loss"] == pytest.approx(math.log(2), abs=1e-7) and first["implicit_accuracy"] == 0.5
 
 
