@@ -1,311 +1,552 @@
-"""Stage 2 of PPD: train the user cross-attention, and nothing else, on people's choices (paper Sec. 4.1, 5; Eq. 6).
+"""Stage 2 of PPD: train the user adapter, and nothing else, on users' choices (Sec. 4.1, 5; Eq. 6).
 
-    python train.py --users users-onehot --out runs/onehot                                  # laptop, tiny base, minutes
-    torchrun --nproc-per-node 2 train.py --users users-onehot --out runs/onehot --micro 16  # two processes or GPUs
-    python train.py --users users-onehot --out runs/onehot --resume                         # go on where it was killed; with torchrun --max-restarts 3 by itself
+    python train.py                                                  # laptop, tiny base, minutes
+    torchrun --nproc-per-node 2 train.py --micro 16                  # two processes or GPUs
+    python train.py --users users-onehot --out runs/onehot           # Sec. 5.1's synthetic users
+    python train.py --resume                                         # go on where it was stopped
 
-Writes to --out: adapter.safetensors (for sample.py), state.pt and state.previous.pt (for --resume), train.jsonl (a line a logged
-step), and previews/. The baselines are the same loop: --objective dpo is Diffusion-DPO (Eq. 3: everybody is the zero user,
-who has tokens of their own), --objective sft is Eq. 1 on the preferred pictures with the user as condition.
+Writes to --out: adapter.safetensors (for sample.py), state.pt (for --resume), train.jsonl (a line a
+logged step) and previews/. The baselines are the same loop: --objective dpo is Diffusion-DPO (Eq.
+3: everybody is the zero user, who has tokens of its own), --objective sft is Eq. 1 on the preferred
+images with the user as condition.
 """
+
 import argparse
+import contextlib
 import datetime
 import json
 import math
-import os
 import signal
 import time
-from pathlib import Path
-
-# Defaults by base. batch: pairs a step, over all GPUs; micro: pairs a GPU holds at once; max_steps None: one epoch.
-RECIPES = {
-    "tiny": dict(batch=32, micro=32, lr=1e-3, beta=1.0, t_min=0.85, max_steps=400, warmup=20, decay="cosine", tokens=4, token_dim=64),
-    "tiny, one-hot": dict(batch=32, micro=32, lr=5e-4, beta=6.0, t_min=0.85, max_steps=300, warmup=20, decay="cosine", tokens=4, token_dim=64),
-    "full": dict(batch=768, micro=8, lr=1e-5, beta=1.0, t_min=0.001, max_steps=None, warmup=20, decay="constant", tokens=4, token_dim=1024),
-}
-RECIPE = (*(key for key in RECIPES["full"] if key != "micro"), "clip", "user_drop", "noise", "bias_free", "seed", "dtype", "only")  # what the adapter's header tells
-FREE = ("resume", "out", "data", "device", "workers", "micro", "checkpointing", "compile", "save_every", "log_every", "preview_every")  # a resume may change them
-
-
-def arguments(argv=None):
-    p = argparse.ArgumentParser(prog="train.py", usage=argparse.SUPPRESS, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, by_base = p.add_argument, lambda key: "(default: " + ", ".join(f"{name} {recipe[key] or 'one epoch'}" for name, recipe in RECIPES.items()) + ")"
-    add("--base", default="tiny", help="'tiny', a hub id or a folder in its layout (default: %(default)s)")
-    add("--decoder", default="stabilityai/stable-cascade", help="hub id or folder with the image encoder and Stages A and B (default: %(default)s)")
-    add("--grid", type=int, default=24, help="side of the latents at full scale, a 32nd of the pictures' (default: %(default)s)")
-    add("--users", default="users", help="folder that embed.py wrote (default: %(default)s)")
-    add("--only", nargs="+", metavar="USER", help="train on these users' pairs alone (default: everybody's)")
-    add("--data", help="folder of the parquet files, if it moved since embed.py read it")
-    add("--out", default="runs/ppd", help="folder to write (default: %(default)s)")
-    add("--resume", action="store_true", help="continue the run in --out; starts at 0 if there is none")
-    add("--objective", choices=("ppd", "dpo", "sft"), default="ppd")
-    add("--beta", type=float, help="KL strength of Eq. 6; the paper tries 0.1 to 2 " + by_base("beta"))
-    add("--t-min", type=float, help="timesteps are drawn from [t-min, 1], 1 being pure noise " + by_base("t_min"))
-    add("--max-steps", type=int, help="optimizer steps " + by_base("max_steps"))
-    add("--batch", type=int, help="pairs a step, over all GPUs together " + by_base("batch"))
-    add("--micro", type=int, help="pairs a GPU holds at once; the rest is accumulated " + by_base("micro"))
-    add("--lr", type=float, help="of AdamW " + by_base("lr"))
-    add("--warmup", type=int, help="steps of linear warm-up " + by_base("warmup"))
-    add("--decay", choices=("constant", "cosine"), help="after warm-up " + by_base("decay"))
-    add("--clip", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
-    add("--user-drop", type=float, default=0.1, help="share of pairs whose user is zeroed (default: %(default)s)")
-    add("--noise", choices=("shared", "separate"), default="shared", help="one noise a pair, or one a picture as Eq. 6 writes it")
-    add("--tokens", type=int, help="user tokens " + by_base("tokens"))
-    add("--token-dim", type=int, help="their width " + by_base("token_dim"))
-    add("--bias-free", action="store_true", help="no bias in the projector: then the zero user is the base")
-    add("--compile", action="store_true", help="compile the prior's blocks: a minute at the start, faster steps")
-    add("--checkpointing", action="store_true", help="recompute activations in backward: less memory, a fifth slower")
-    add("--save-every", type=int, default=100, help="steps (default: %(default)s)")
-    add("--log-every", type=int, default=10, help="steps (default: %(default)s)")
-    add("--preview-every", type=int, default=100, help="steps between previews, 0 for none (default: %(default)s)")
-    add("--workers", type=int, default=0, help="processes that read pictures (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of weights, order, noise, timesteps, drops (default: %(default)s)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    add("--dtype", choices=("auto", "float32", "bfloat16", "float64"), default="auto", help="of the frozen base; auto: float32 on CPU, else bfloat16")
-    args = p.parse_args(argv)
-    pairs, world = Path(args.users) / "pairs.parquet", int(os.environ.get("WORLD_SIZE", 1))
-    if not pairs.is_file():
-        p.error(f"--users {args.users}: no pairs.parquet there; run embed.py first")
-    try:
-        from pyarrow.parquet import read_metadata
-        one_hot = json.loads(read_metadata(pairs).metadata[b"ppd"]).get("one_hot")
-    except Exception as error:
-        p.error(f"{pairs}: not a pairs file of embed.py ({type(error).__name__})")
-    small = args.base == "tiny" or (Path(args.base.partition(":")[0]) / "codec").is_dir()  # a retrained tiny base is one too
-    for key, value in RECIPES["full" if not small else "tiny, one-hot" if one_hot else "tiny"].items():
-        if getattr(args, key) is None:
-            setattr(args, key, max(1, min(value, args.batch // world)) if key == "micro" else value)
-    checks = (("batch micro max_steps save_every log_every tokens token_dim grid", lambda v: v >= 1, "1 or more"),
-              ("seed workers warmup preview_every", lambda v: v >= 0, "0 or more"),
-              ("beta lr clip", lambda v: 0 < v < math.inf, "a number above 0"),
-              ("t_min", lambda v: 0 < v < 1, "a timestep in (0, 1)"), ("user_drop", lambda v: 0 <= v <= 1, "a share in [0, 1]"))
-    for keys, good, what in checks:
-        for key in keys.split():
-            if (value := getattr(args, key)) is not None and not good(value):
-                p.error(f"--{key.replace('_', '-')} {value}: expected {what}")
-    if args.batch % (args.micro * world):
-        p.error(f"--batch {args.batch}: expected a multiple of --micro x processes = {args.micro * world}")
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        p.error("torchrun --max-restarts: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for it, or restarted processes look for the dead ones' addresses")
-    if not args.resume and any(Path(args.out).glob("state*.pt")):
-        p.error(f"--out {args.out} holds a run already: add --resume to continue it, or choose another folder")
-    return args
-
-
-if __name__ == "__main__":
-    arguments()  # a wrong flag answers at once, not after the imports
-
-import contextlib
 from functools import partial
 from itertools import islice
+from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from embed import Pairs, collate, ignore_signals, load_training, open_pictures
-from ppd import (BadInput, StableCascade, UserAdapter, append_line, denoising_error, from_all_ranks, load_state, pick_device, pick_dtype, ppd_loss,
-                 rank_and_world, read_jsonl, run_script, save_state, sum_over_ranks, write_jsonl)
+from bases import load_base
+from data import PreferencePairs, collate, load_training_data, loading, open_images
+from ppd import UserAdapter, denoising_error, ppd_loss
 from sample import preview
+from utils import (
+    InputError,
+    all_gather_objects,
+    all_reduce_sum,
+    append_line,
+    first_line,
+    flag,
+    load_checkpoint,
+    pick_device,
+    pick_dtype,
+    rank_and_world,
+    read_jsonl,
+    run_script,
+    save_checkpoint,
+    write_jsonl,
+)
+
+# Defaults by base and kind of users; every one is a flag.
+DEFAULTS = {
+    "tiny": dict(
+        batch=32,  # pairs a step, over all GPUs together
+        micro=32,  # pairs a GPU holds at once; the rest is accumulated
+        lr=1e-3,
+        beta=1.0,
+        t_min=0.85,  # below, a pair's difference drowns in the noise of its gradient
+        max_steps=400,
+        warmup=20,  # steps
+        decay="cosine",
+        tokens=4,
+        token_dim=64,
+    )
+}
+DEFAULTS["tiny, one-hot"] = DEFAULTS["tiny"] | dict(lr=5e-4, beta=6.0, max_steps=300)
+DEFAULTS["full"] = dict(
+    batch=768,  # the paper's
+    micro=8,
+    lr=1e-5,  # the paper's
+    beta=1.0,
+    t_min=0.001,
+    max_steps=None,  # one epoch
+    warmup=20,
+    decay="constant",
+    tokens=4,
+    token_dim=1024,
+)
+# what the adapter's header tells of its training, and what a resumed run may change
+HEADER_KEYS = (*(key for key in DEFAULTS["full"] if key != "micro"), "clip", "user_drop", "noise")
+HEADER_KEYS += ("bias_free", "seed", "dtype", "only")
+RESUME_MAY_CHANGE = ("resume", "out", "data", "latents", "device", "workers", "micro")
+RESUME_MAY_CHANGE += ("checkpointing", "compile", "save_every", "log_every", "preview_every")
 
 
-# ------------------------------------------------------------------------------------------------------- one micro-step
-def forward(base, adapter, batch, objective, beta, user_drop, backward=None):
-    """Losses of a micro-batch of B pairs, (B,), and what to log of each; calls backward(losses) while the user is set.
-    Nothing here waits for the GPU."""
-    batch = {k: v.to(base.device, non_blocking=True) for k, v in batch.items() if torch.is_tensor(v)}
-    dtype, b = adapter.mean.dtype, len(batch["t"])
-    halves = 1 if objective == "sft" else 2  # SFT sees the preferred picture only
-    pictures, noise, t = batch["pictures"][:halves * b], batch["noise"][:halves * b].to(dtype), batch["t"].repeat(halves)
-    latents = base.encode_pixels(pictures) if pictures.dtype == torch.uint8 else pictures  # or cached by embed.py
-    x_t = base.add_noise(latents, noise, t)
-    text, pooled = (c.repeat(halves, 1, 1) for c in base.encode_tokens(batch["tokens"]))
-    tokens = adapter(batch["user"].to(dtype), batch["u_drop"] < (1.0 if objective == "dpo" else user_drop))  # B rows serve both halves
-    # eps_ref: no user is set. But two compiled graphs would round differently, so there it is the policy's own, the user weighed 0
-    off, on = [tokens.new_full((len(t),), w) for w in (0.0, 1.0)] if base.compiled else (0.0, 1.0)
-    with torch.set_grad_enabled(base.compiled and torch.is_grad_enabled()), adapter.user(tokens if base.compiled else None, off):
-        reference = base.predict_noise(x_t, t, text, pooled).detach() if objective != "sft" else None
-    with adapter.user(tokens, on):
-        noise_pred = base.predict_noise(x_t, t, text, pooled)
-        if objective == "sft":
-            losses = denoising_error(noise_pred, noise)  # Eq. 1
-            log = dict(error_preferred=losses.detach())
-        else:
-            losses, log = ppd_loss(noise_pred, reference, noise, beta)  # Eq. 6; Eq. 3 for dpo
-        if backward is not None:
-            backward(losses)
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def by_base(key):
+        values = [f"{name} {defaults[key] or 'one epoch'}" for name, defaults in DEFAULTS.items()]
+        return f"(default: {', '.join(values)})"
+
+    add = parser.add_argument
+    add("--base", default="tiny", help="'tiny', a hub id or a folder in its layout (%(default)s)")
+    add("--decoder", help="with the image encoder (default: stabilityai/stable-cascade)")
+    add("--grid", type=int, default=24, help="side of the latents at full scale (%(default)s)")
+    add("--users", default="users", help="folder that embed.py wrote (default: %(default)s)")
+    add("--only", nargs="+", metavar="USER", help="train on these users' pairs alone")
+    add("--data", help="folder of the parquet files, if it moved since embed.py read it")
+    add("--latents", help="folder of cached latents (default: latents, beside the data, if there)")
+    add("--out", default="runs/ppd", help="folder to write (default: %(default)s)")
+    add("--resume", action="store_true", help="continue the run in --out, or start it")
+    add("--objective", choices=("ppd", "dpo", "sft"), default="ppd")
+    add("--beta", type=float, help="KL strength of Eq. 6 " + by_base("beta"))
+    add("--t-min", type=float, help="timesteps are from [t-min, 1] " + by_base("t_min"))
+    add("--max-steps", type=int, help="optimizer steps " + by_base("max_steps"))
+    add("--batch", type=int, help="pairs a step, over all GPUs together " + by_base("batch"))
+    add("--micro", type=int, help="pairs a GPU holds at once " + by_base("micro"))
+    add("--lr", type=float, help="of AdamW " + by_base("lr"))
+    add("--warmup", type=int, help="steps of linear warm-up " + by_base("warmup"))
+    add("--decay", choices=("constant", "cosine"), help="after warm-up " + by_base("decay"))
+    add("--clip", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
+    add("--user-drop", type=float, default=0.1, help="share of users zeroed (default: %(default)s)")
+    add(
+        "--noise", choices=("shared", "separate"), default="shared", help="in a pair; Eq. 6 has two"
+    )
+    add("--tokens", type=int, help="user tokens " + by_base("tokens"))
+    add("--token-dim", type=int, help="their width " + by_base("token_dim"))
+    add("--bias-free", action="store_true", help="no bias in the projector: zero user = base")
+    add("--compile", action="store_true", help="compile the prior's blocks: a minute, then faster")
+    add("--checkpointing", action="store_true", help="recompute activations: less memory, slower")
+    add("--save-every", type=int, default=100, help="steps (default: %(default)s)")
+    add("--log-every", type=int, default=10, help="steps (default: %(default)s)")
+    add("--preview-every", type=int, default=100, help="steps, 0 for none (default: %(default)s)")
+    add("--workers", type=int, default=0, help="processes that read images (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of weights and pairs (default: %(default)s)")
+    add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the base")
+    args = parser.parse_args(argv)
+    fill_defaults(args, parser.error)
+    check_args(args, parser.error)
+    return args
+
+
+def fill_defaults(args, error):
+    """Settings that were not given, by base and by the kind of users."""
+    pairs = Path(args.users) / "pairs.parquet"
+    if not pairs.is_file():
+        error(f"--users {args.users}: no pairs.parquet there; run embed.py first")
+    try:
+        one_hot = json.loads(pq.read_metadata(pairs).metadata[b"ppd"]).get("one_hot")
+    except Exception as problem:  # pyarrow raises several kinds
+        error(f"{pairs}: not a pairs file of embed.py ({type(problem).__name__})")
+    folder = Path(args.base.partition(":")[0])
+    if args.base == "tiny" or (folder / "codec").is_dir():  # a retrained tiny base is one too
+        defaults = DEFAULTS["tiny, one-hot" if one_hot else "tiny"]
+    else:
+        defaults = DEFAULTS["full"]
+    for key, value in defaults.items():
+        if getattr(args, key) is None:
+            if key == "micro":
+                value = max(1, min(value, args.batch // rank_and_world()[1]))
+            setattr(args, key, value)
+
+
+def check_args(args, error):
+    def check(keys, is_good, expected):
+        for key in keys.split():
+            value = getattr(args, key)
+            if value is not None and not is_good(value):
+                error(f"{flag(key)} {value}: expected {expected}")
+
+    counts = "batch micro max_steps save_every log_every tokens token_dim grid"
+    check(counts, lambda v: v >= 1, "1 or more")
+    check("seed workers warmup preview_every", lambda v: v >= 0, "0 or more")
+    check("beta lr clip", lambda v: 0 < v < math.inf, "a number above 0")
+    check("t_min", lambda v: 0 < v < 1, "a timestep in (0, 1)")
+    check("user_drop", lambda v: 0 <= v <= 1, "a share in [0, 1]")
+    together = args.micro * rank_and_world()[1]
+    if args.batch % together:
+        error(f"--batch {args.batch}: expected a multiple of --micro x processes = {together}")
+    if not args.resume and (Path(args.out) / "state.pt").exists():
+        error(f"--out {args.out} holds a run already: add --resume, or choose another folder")
+
+
+# ----------------------------------------------------------------------- one micro-step
+def micro_step(base, adapter, batch, beta, user_drop=0.0, pairs_a_step=None):
+    """Eq. 6 on a micro-batch of B pairs, and its gradient.
+
+    batch: see data.collate; user_drop: share of users zeroed, 1 for Diffusion-DPO (Eq. 3)
+    pairs_a_step: what the sum of the losses is divided by for backward; None: no backward
+    Returns the losses (B,) and a dict of (B,) tensors to log. Nothing here waits for the GPU.
+    """
+    x_t, t, target, conditions, user_tokens = prepare(base, adapter, batch, user_drop)
+    # the reference model: the same network, user branch off, no gradient
+    with adapter.reference(user_tokens):
+        pred_ref = base.predict(x_t, t, *conditions).detach()
+    # the policy: the same network, conditioned on the user
+    with adapter.user(user_tokens):
+        pred = base.predict(x_t, t, *conditions)
+        losses, log = ppd_loss(pred, pred_ref, target, beta)
+        if pairs_a_step:
+            (losses.sum() / pairs_a_step).backward()
     return losses.detach(), log
 
 
+def sft_micro_step(base, adapter, batch, user_drop=0.0, pairs_a_step=None):
+    """Eq. 1 on the preferred images of a micro-batch, with the user as condition: the SFT baseline.
+    As micro_step otherwise."""
+    x_t, t, target, conditions, user_tokens = prepare(base, adapter, batch, user_drop, 1)
+    with adapter.user(user_tokens):
+        losses = denoising_error(base.predict(x_t, t, *conditions), target)
+        if pairs_a_step:
+            (losses.sum() / pairs_a_step).backward()
+    return losses.detach(), dict(error_preferred=losses.detach())
+
+
+def prepare(base, adapter, batch, user_drop, images_per_pair=2):
+    """A micro-batch of B pairs on the device: x_t and target (2B, C, h, w), t (2B,), conditions,
+    all with the preferred first, and user tokens (B, L, d), which serve both halves."""
+    batch = {key: value.to(base.device, non_blocking=True) for key, value in batch.items()}
+    n = images_per_pair * len(batch["t"])
+    images = batch["images"][:n]
+    latents = base.encode_pixels(images) if images.dtype == torch.uint8 else images
+    noise = batch["noise"][:n].to(adapter.mean.dtype)
+    t = batch["t"].repeat(images_per_pair)
+    x_t = base.add_noise(latents, noise, t)
+    target = base.target(latents, noise, t)
+    conditions = base.encode_tokens(batch["tokens"])
+    conditions = [c.repeat(images_per_pair, *[1] * (c.ndim - 1)) for c in conditions]
+    drop = batch["u_drop"] < user_drop  # Sec. 4.3
+    user_tokens = adapter(batch["user"].to(adapter.mean.dtype), drop)
+    return x_t, t, target, conditions, user_tokens
+
+
 def learning_rate(step, args):
-    warm = min(1.0, (step + 1) / max(1, args.warmup))
-    return args.lr * warm * (0.5 + 0.5 * math.cos(math.pi * step / args.max_steps) if args.decay == "cosine" else 1.0)
+    """Linear warm-up, then constant or a cosine to 0."""
+    lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
+    if args.decay == "cosine":
+        lr *= 0.5 + 0.5 * math.cos(math.pi * step / args.max_steps)
+    return lr
 
 
 @torch.no_grad()
 def validate(base, adapter, batches, args):
-    """Means over all ranks' parts of the fixed validation batch, as validation_*; nothing where there is none."""
+    """Means over the fixed validation pairs, those of all ranks, as validation_*; {} without
+    any."""
     values = {}
+    user_drop = 1.0 if args.objective == "dpo" else 0.0
     for batch in batches:
-        losses, log = forward(base, adapter, batch, "dpo" if args.objective == "dpo" else "ppd", args.beta, user_drop=0)
-        for key, value in (log if args.objective == "sft" else dict(loss=losses, **log)).items():  # sft's own loss is another quantity
+        losses, log = micro_step(base, adapter, batch, args.beta, user_drop)
+        if args.objective != "sft":  # whose own loss is another quantity
+            log = dict(loss=losses, **log)
+        for key, value in log.items():
             values.setdefault(f"validation_{key}", []).extend(value.tolist())
-    parts = from_all_ranks(values)
-    return {key: math.fsum(all_of) / len(all_of) for key in parts[0] if (all_of := [v for part in parts for v in part.get(key, ())])}
+    parts = all_gather_objects(values)
+    means = {}
+    for key in parts[0]:
+        numbers = [number for part in parts for number in part.get(key, [])]
+        means[key] = math.fsum(numbers) / len(numbers)
+    return means
 
 
-def restore(state, adapter, optimizer):
-    """Put a checkpoint of load_state() back -> its step, or 0 if it is None."""
-    if state is None:
-        return 0
+# --------------------------------------------------------------------- the optimizer step
+def training_step(step, args, base, adapter, batches, stop, save):
+    """The gradient of one optimizer step: accumulated, summed over ranks and clipped.
+
+    batches: iterator of this rank's micro-batches; stop: see stop_requests
+    save: called with the steps done so far as soon as this process is asked to stop: torchrun kills
+        half a minute after its signal, and a step may take longer
+    Returns a line for train.jsonl, and whether any process was asked to stop. Raises InputError, on
+    all ranks, if a number is not finite.
+    """
+    began = time.time()
+    _, world_size = rank_and_world()
+    user_drop = 1.0 if args.objective == "dpo" else args.user_drop  # Eq. 3 sees no user
+    total, saved = 0, False
+    for batch in islice(batches, args.batch // (args.micro * world_size)):
+        if args.objective == "sft":
+            losses, log = sft_micro_step(base, adapter, batch, user_drop, args.batch)
+        else:
+            losses, log = micro_step(base, adapter, batch, args.beta, user_drop, args.batch)
+        total = total + torch.stack([losses.sum(), *(value.sum() for value in log.values())])
+        if stop and not saved:
+            save(step)
+            saved = True
+    local_loss = total[0]
+    parameters = list(adapter.parameters())
+    total = torch.cat([total / args.batch, total.new_full((1,), len(stop))])
+    if world_size > 1:  # the only exchange of training
+        all_reduce_sum([total, *(p.grad for p in parameters)])
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
+    # the step's only wait for the GPU
+    *means, n_stop, grad_norm = torch.cat([total, grad_norm[None].to(total.dtype)]).tolist()
+
+    line = dict(zip(("step", "loss", *log), (step, *means), strict=True), grad_norm=grad_norm)
+    line["pairs_per_second"] = round(args.batch / (time.time() - began), 2)
+    if base.device.type == "cuda":
+        line["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    wrong = [key for key, value in line.items() if not math.isfinite(value)]
+    if wrong:
+        finite = all_gather_objects(math.isfinite(local_loss.item()))
+        ranks = [str(rank) for rank, is_finite in enumerate(finite) if not is_finite]
+        where = f"the loss of rank {', '.join(ranks)}" if ranks else ", ".join(wrong[:3])
+        raise InputError(
+            f"step {step}: not finite: {where}. The step was not taken, the last checkpoint is "
+            f"kept; try a lower --lr or a larger --warmup"
+        )
+    return line, n_stop > 0
+
+
+# ----------------------------------------------------------------------- parts of a run
+def print0(*text):
+    if rank_and_world()[0] == 0:
+        print(*text)
+
+
+@contextlib.contextmanager
+def stop_requests():
+    """A list that SIGINT and SIGTERM append to inside the block: the step in hand is finished,
+    saved, and the run ends. Afterwards signals are handled as before."""
+    requests = []
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, lambda *_: requests.append(1))
     try:
+        yield requests
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def make_adapter(args, base, rows, embeddings, reader):
+    """A new adapter for these users, hooked into the base; float32, whatever the base is."""
+    torch.manual_seed(args.seed)
+    width = next(iter(embeddings.values())).shape[1]
+    bias = not args.bias_free
+    adapter = UserAdapter(width, base.channels, args.tokens, args.token_dim, bias)
+    adapter.compiled = args.compile
+    if reader[0] != "one-hot":
+        train_users = sorted({row["user"] for row in rows["train"]})
+        adapter.set_statistics(torch.cat([embeddings[user] for user in train_users]))
+    return adapter.install(base.attention_layers())
+
+
+def resume(args, config, adapter, optimizer):
+    """Put the checkpoint in --out back, if there is one and --resume; returns the steps done."""
+    start = 0
+    state = load_checkpoint(args.out, config) if args.resume else None
+    if state is not None:
         fused = optimizer.param_groups[0]["fused"]  # this device's way, not the checkpoint's
-        adapter.load_state_dict(state["adapter"]), optimizer.load_state_dict(state["optimizer"])
+        try:
+            adapter.load_state_dict(state["adapter"])
+            optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"--resume: the checkpoint is of another base: {first_line(error)}"
+            ) from None
         optimizer.param_groups[0]["fused"] = fused
-    except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise BadInput(f"--resume: the checkpoint is of another base: {' '.join(str(error).split())[:150]}") from None
-    return state["step"]
+        start = state["step"]
+    elif args.resume:
+        print0(f"--resume: nothing to resume in {args.out}, starting at 0")
+    steps = sorted(set(all_gather_objects(start)))
+    if len(steps) > 1:
+        raise InputError(
+            f"--out {args.out}: the processes find checkpoints of steps {steps}; all must see one "
+            "folder"
+        )
+    return start
 
 
-def not_finite(step, quantities, seen, gradient):
-    """Stop before the step: BadInput names the ranks and pairs. seen: [(ranking ids, losses)] of this rank's micro-batches;
-    gradient: its norm before the exchange."""
-    bad = [i for ids, losses in seen for i, loss in zip(ids, losses.tolist()) if not math.isfinite(loss)]
-    found = from_all_ranks((bad, bad or not math.isfinite(gradient)))
-    ranks, pairs = [rank for rank, (_, broken) in enumerate(found) if broken], [i for bad, _ in found for i in bad]
-    where = f"rank {', '.join(map(str, ranks))}" if ranks else "no rank alone, but in the sum"
-    what = f"the loss of pairs {', '.join(map(str, pairs[:8]))}" if pairs else ", ".join(quantities[:3])
-    raise BadInput(f"step {step}: not finite on {where}: {what}. The step was not taken, the last checkpoint is kept; try a lower --lr or a larger --warmup")
+def print_plan(args, base, adapter, rows, images):
+    """The derived numbers of a run, before it starts."""
+    _, world_size = rank_and_world()
+    frozen = sum(p.numel() for p in base.prior.parameters()) / 1e6
+    trained = sum(p.numel() for p in adapter.parameters()) / 1e6
+    n_pairs = len(rows["train"])
+    n_users = len({row["user"] for row in rows["train"]})
+    accumulated = args.batch // (args.micro * world_size)
+    print0(
+        f"base {args.base} on {base.device}, {base.dtype}: {frozen:.1f}M frozen parameters, "
+        f"{len(base.channels)} attention layers; adapter {trained:.2f}M, {args.tokens} tokens of "
+        f"{args.token_dim}\n{n_pairs} training pairs of {n_users} users, {images.kind}; "
+        f"{args.batch} a step = {args.micro} x {world_size} processes x {accumulated} accumulated; "
+        f"{args.max_steps} steps = {args.max_steps * args.batch / n_pairs:.2f} epochs\n"
+        f"objective {args.objective}, beta {args.beta:g}, t from {args.t_min:g} to 1, lr "
+        f"{args.lr:g} ({args.decay}, {args.warmup} warm-up), user drop {args.user_drop:g}, seed "
+        f"{args.seed}"
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ the loop
-def run(args):
-    rank, world = rank_and_world()
-    device = pick_device(args.device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=datetime.timedelta(hours=1))  # rank 0 may paint previews meanwhile
-    say = print if rank == 0 else lambda *a, **k: None
+def batch_indices(step, micro_step, args):
+    """Which of the training sequence's pairs this rank holds in a micro-step."""
+    rank, world_size = rank_and_world()
+    first = step * args.batch + (micro_step * world_size + rank) * args.micro
+    return range(first, first + args.micro)
 
-    rows, users, reader, settings = load_training(args.users, args.only)
-    args.max_steps = args.max_steps or math.ceil(len(rows["train"]) / args.batch)  # one epoch
 
-    # the frozen base, the adapter, the optimizer
-    dtype = pick_dtype(args.dtype, device)
-    base = StableCascade(args.base, device, dtype, args.decoder, args.grid)
-    look = open_pictures(args.users, args.data or settings["data"], rows["all"], base.codec, base.dtype)
+def validation_batches(dataset, n, args, to_batch):
+    """This rank's part of the first n validation pairs, as micro-batches."""
+    rank, world_size = rank_and_world()
+    batches = []
+    for k in range(rank * args.micro, n, world_size * args.micro):
+        indices = range(k, min(k + args.micro, n))
+        batches.append(to_batch([dataset[i] for i in indices]))
+    return batches
+
+
+def preview_inputs(adapter, rows, embeddings, objective):
+    """Three captions and three users {name: standardized (1, D)} that previews show."""
+    captions = sorted({row["caption"] for row in rows["validation"]})[:3]
+    users = {}
+    for name in sorted({row["user"] for row in rows["validation"]})[:3]:
+        users[name] = adapter.normalize(embeddings[name][:1].to(adapter.mean))
+        if objective == "dpo":  # everybody is the zero user
+            users[name] = torch.zeros_like(users[name])
+    return captions, users
+
+
+# --------------------------------------------------------------------------------- a run
+def load_training_base(args, device):
+    base = load_base(args.base, device, pick_dtype(args.dtype, device), args.decoder, args.grid)
     if args.checkpointing:
         base.prior.enable_gradient_checkpointing()
     if args.compile:
         base.compile_blocks()
-    torch.manual_seed(args.seed)
-    adapter = UserAdapter(next(iter(users.values())).shape[1], base.channels, args.tokens, args.token_dim, bias=not args.bias_free)
-    if reader[0] != "one-hot":
-        known = torch.cat([users[name] for name in sorted({r["user"] for r in rows["train"]})])
-        adapter.mean.copy_(known.mean(0)), adapter.std.copy_(known.std(0, correction=0).clamp(min=1e-6))
-    adapter.install(base.prior).to(torch.float64 if dtype == torch.float64 else torch.float32)
-    parameters = list(adapter.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, fused=device.startswith("cuda"))  # betas 0.9, 0.999; weight decay 0.01: torch's own defaults
+    return base
 
-    # where to begin
-    out = Path(args.out)
-    config = {key: value for key, value in vars(args).items() if key not in FREE}
+
+def save_run(args, config, header, adapter, optimizer, step):
+    """The adapter for sample.py and the state for --resume, by rank 0."""
+    if rank_and_world()[0] == 0:
+        adapter.save(Path(args.out) / "adapter.safetensors", step=step, **header)
+        state = dict(adapter=adapter.state_dict(), optimizer=optimizer.state_dict())
+        save_checkpoint(args.out, step=step, config=config, **state)
+
+
+def set_learning_rate(optimizer, step, args):
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, args)
+
+
+def start_log(args, start):
+    """The run's folder; what lost steps had written after the checkpoint is taken out of its
+    log."""
+    log = Path(args.out) / "train.jsonl"
+    if rank_and_world()[0] == 0:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        lines = read_jsonl(log) if log.exists() else []
+        write_jsonl(log, [line for line in lines if line.get("step", start) < start])
+
+
+def log_line(args, line):
+    """A line for train.jsonl, and a warning if both errors explode, as Diffusion-DPO's can."""
+    if rank_and_world()[0] != 0:
+        return
+    append_line(Path(args.out) / "train.jsonl", json.dumps(line))
+    error, reference = line.get("error_preferred", 0), line.get("error_ref_preferred", math.inf)
+    if error > 1.5 * reference:
+        print(
+            f"warning: step {line['step']}: the preferred images' error is {error / reference:.1f} "
+            f"x the reference's; both errors exploding is how Diffusion-DPO fails: try a larger "
+            f"--beta or a lower --lr"
+        )
+
+
+def run(args):
+    rank, world_size = rank_and_world()
+    device = pick_device(args.device)
+    if world_size > 1:  # rank 0 may paint previews meanwhile
+        backend = "nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
+
+    # data, the frozen base, the adapter, the optimizer
+    rows, embeddings, reader, settings = load_training_data(args.users, args.only)
+    args.max_steps = args.max_steps or math.ceil(len(rows["train"]) / args.batch)  # one epoch
+    base = load_training_base(args, device)
+    data = args.data or settings["data"]
+    used_rows = rows["train"] + rows["validation"]
+    images = open_images(data, args.latents, used_rows, base.codec, base.dtype)
+    adapter = make_adapter(args, base, rows, embeddings, reader)
+    fused = device.startswith("cuda")
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=args.lr, fused=fused)  # torch's defaults
+
+    # where to begin, and how to save
+    config = {key: value for key, value in vars(args).items() if key not in RESUME_MAY_CHANGE}
     config["the content of --users, by digest,"] = settings["content"]
-    header = dict(reader=reader, recipe={key: config[key] for key in RECIPE}, **{key: config[key] for key in ("base", "grid", "objective", "beta", "seed", "users")})
-    start = saved = restore(load_state(out, config) if args.resume else None, adapter, optimizer)
-    if args.resume and not start:
-        say(f"--resume: nothing to resume in {out}, starting at 0")
-    if len(steps := set(from_all_ranks(start))) > 1:
-        raise BadInput(f"--out {out}: the processes find checkpoints of steps {sorted(steps)}; all must see one folder")
+    header = {key: config[key] for key in ("base", "grid", "objective", "beta", "seed", "users")}
+    header |= dict(reader=reader, recipe={key: config[key] for key in HEADER_KEYS})
+    start = resume(args, config, adapter, optimizer)
     if start >= args.max_steps:
-        return say(f"{out}: finished already, {start} steps")
-    log_file = out / "train.jsonl"
-    if rank == 0:  # cut the log back to the checkpoint
-        out.mkdir(parents=True, exist_ok=True)
-        lines = [line for line in (read_jsonl(log_file) if log_file.exists() else []) if isinstance(line.get("step"), int) and line["step"] < start]
-        write_jsonl(log_file, lines)
+        print0(f"{args.out}: finished already, {start} steps")
+        return
+    start_log(args, start)
+    save = partial(save_run, args, config, header, adapter, optimizer)
+    print_plan(args, base, adapter, rows, images)
 
-    pairs = lambda split, seed: Pairs(rows[split], users, look, base.latent_shape, seed, args.noise == "separate", args.t_min)
-    accumulate = args.batch // (args.micro * world)
-    say(f"base {args.base} on {device}, {base.dtype}: {sum(p.numel() for p in base.prior.parameters()) / 1e6:.1f}M frozen parameters, "
-        f"{len(base.channels)} attention layers; adapter {sum(p.numel() for p in parameters) / 1e6:.2f}M, {args.tokens} tokens of {args.token_dim}")
-    say(f"{len(rows['train'])} training pairs of {len({r['user'] for r in rows['train']})} users, {look.kind}; "
-        f"{args.batch} a step = {args.micro} x {world} processes x {accumulate} accumulated; "
-        f"{args.max_steps} steps = {args.max_steps * args.batch / len(rows['train']):.2f} epochs")
-    say(f"objective {args.objective}, beta {args.beta:g}, t from {args.t_min:g} to 1, lr {args.lr:g} ({args.decay}, {args.warmup} warm-up), "
-        f"user drop {args.user_drop:g}, seed {args.seed}")
+    # micro-batches: this rank's of the endless training sequence, and the same validation pairs,
+    # noise and timesteps every time, whatever --seed
+    make_examples = partial(
+        PreferencePairs,
+        embeddings=embeddings,
+        load_images=images,
+        latent_shape=base.latent_shape,
+        separate_noise=args.noise == "separate",
+        t_min=args.t_min,
+    )
+    to_batch = partial(collate, tokenize=base.tokenize)
+    n_val = min(64, len(rows["validation"]))
+    val_examples = make_examples(rows["validation"], seed=0)
+    val_batches = validation_batches(val_examples, n_val, args, to_batch)
+    n_micro = args.batch // (args.micro * world_size)
+    steps = range(start, args.max_steps)
+    loader = loading(
+        make_examples(rows["train"], seed=args.seed),
+        batch_sampler=[batch_indices(step, m, args) for step in steps for m in range(n_micro)],
+        collate_fn=to_batch,
+        num_workers=args.workers,
+        pin_memory=device.startswith("cuda"),
+    )
+    preview_captions, preview_users = preview_inputs(adapter, rows, embeddings, args.objective)
+    # on a CPU the fused backward of attention is slow: plain matrix products are quicker
+    plain_attention = sdpa_kernel(SDPBackend.MATH) if device == "cpu" else contextlib.nullcontext()
 
-    together = partial(collate, tokenizer=base.tokenizer)
-    positions = [range(at := step * args.batch + (m * world + rank) * args.micro, at + args.micro) for step in range(start, args.max_steps) for m in range(accumulate)]
-    batches = iter(torch.utils.data.DataLoader(pairs("train", args.seed), batch_sampler=positions, num_workers=args.workers, collate_fn=together,
-                                               worker_init_fn=ignore_signals, pin_memory=device.startswith("cuda")))
-    # three captions and people for previews, and a validation batch of the same pairs, noise and timesteps every time, whatever --seed
-    captions, names = (sorted({r[key] for r in rows["validation"]})[:3] for key in ("caption", "user"))
-    people = {name: torch.zeros_like(adapter.mean)[None] if args.objective == "dpo" else adapter.standardise(users[name][:1].to(adapter.mean)) for name in names}
-    held, count = pairs("validation", 0), min(64, len(rows["validation"]))
-    parts = [range(k, min(k + args.micro, count)) for k in range(rank * args.micro, count, world * args.micro)]
-    fixed = [together([held[i] for i in part]) for part in parts]
-
-    def save(step):
-        adapter.save(out / "adapter.safetensors", step=step, **header)
-        save_state(out, step=step, config=config, adapter=adapter.state_dict(), optimizer=optimizer.state_dict())
-
-    stop = []  # filled by a signal; the step is finished, saved, and the run ends
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.append(1))
-    bar = tqdm(total=args.max_steps, initial=start, desc=args.objective, unit="step", disable=None if rank == 0 else True)
-    # on a CPU the fused backward of attention is the slowest part of a step: plain matrix products are quicker
-    with sdpa_kernel(SDPBackend.MATH) if device == "cpu" else contextlib.nullcontext():
-        for step in range(start, args.max_steps):
-            began, total, seen, lr = time.time(), 0, [], learning_rate(step, args)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            for batch in islice(batches, accumulate):
-                losses, log = forward(base, adapter, batch, args.objective, args.beta, args.user_drop, backward=lambda losses: (losses.sum() / args.batch).backward())
-                total = total + torch.stack([losses.sum(), *(v.sum() for v in log.values())])
-                seen.append((batch["ranking_ids"], losses))
-                if stop and rank == 0 and saved < step:  # first of all: torchrun kills half a minute after its signal, a step may take longer
-                    save(saved := step)
-            mine = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-            total = torch.cat([total / args.batch, total.new_full((1,), len(stop))])
-            if world > 1:
-                sum_over_ranks([total, *(p.grad for p in parameters)])  # the only exchange of training, once a step
-            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
-            *logged, stopping, grad_norm = torch.cat([total, norm[None].to(total.dtype)]).tolist()  # the step's only wait for the GPU
-            line = dict(step=step, loss=logged[0], **dict(zip(log, logged[1:])), grad_norm=grad_norm, lr=lr,
-                        pairs_per_second=round(args.batch / (time.time() - began), 2))
-            line |= dict(peak_gpu_gib=round(torch.cuda.max_memory_allocated() / 2**30, 2)) if device.startswith("cuda") else {}
-            if wrong := [key for key, value in line.items() if not math.isfinite(value)]:
-                not_finite(step, wrong, seen, mine.item())
+    with stop_requests() as stop, loader as batches, plain_attention:
+        progress = tqdm(total=args.max_steps, initial=start, disable=None if rank == 0 else True)
+        for step in steps:
+            set_learning_rate(optimizer, step, args)
+            line, stopping = training_step(step, args, base, adapter, batches, stop, save)
+            line["lr"] = learning_rate(step, args)
             last = step + 1 == args.max_steps
             if step % args.log_every == 0 or last:
-                line |= validate(base, adapter, fixed, args)
-                if rank == 0:
-                    append_line(log_file, json.dumps(line))
-                if line.get("error_preferred", 0) > 1.5 * line.get("error_ref_preferred", math.inf):
-                    say(f"warning: step {step}: the preferred pictures' error is {line['error_preferred'] / line['error_ref_preferred']:.1f} x the reference's; "
-                        "both errors exploding is how Diffusion-DPO fails: try a larger --beta or a lower --lr")
+                line |= validate(base, adapter, val_batches, args)
+                log_line(args, line)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            bar.update()
-            bar.set_postfix_str(f"loss {line['loss']:.3f}, implicit accuracy {line.get('implicit_accuracy', math.nan):.2f}, "
-                                f"{line['pairs_per_second']:.1f} pairs/s", refresh=False)
-            if rank == 0 and ((step + 1) % args.save_every == 0 or last or stopping):
-                save(saved := step + 1)
-            if rank == 0 and captions and args.preview_every and ((step + 1) % args.preview_every == 0 or last):
-                preview(base, adapter, captions, people, out / "previews" / f"step-{step + 1:06d}.png")
+            progress.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
+            progress.update()
+            if (step + 1) % args.save_every == 0 or last or stopping:
+                save(step + 1)
+            due = args.preview_every and ((step + 1) % args.preview_every == 0 or last)
+            if rank == 0 and due and preview_captions:
+                path = Path(args.out) / "previews" / f"step-{step + 1:06d}.png"
+                preview(base, adapter, preview_captions, preview_users, path)
             if stopping:
-                say(f"stopped by a signal after step {step}, saved; --resume goes on")
+                print0(f"stopped by a signal after step {step}, saved; --resume goes on")
                 break
-    bar.close()
-    if world > 1:
+        progress.close()
+    if world_size > 1:
         dist.destroy_process_group()
-    say(f"last step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step"))
-    say(f"-> {out}/adapter.safetensors")
+    numbers = ", ".join(f"{key} {value:.4g}" for key, value in line.items() if key != "step")
+    print0(f"last step {step}: {numbers}\n-> {args.out}/adapter.safetensors")
 
 
 def main(argv=None):
-    run_script("train.py", run, arguments(argv))
+    run_script("train.py", run, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,13 @@ def signals_as_before():
 
 def script(*command, check=True, **env):
     """Run one of the project's scripts as a user would; returns the finished process, output as text."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env=os.environ | env)
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | env,
+    )
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -50,7 +56,17 @@ def world(tmp_path_factory):
     """A small drawn data set and its one-hot users, made by the real scripts: (data folder, users folder)."""
     folder = tmp_path_factory.mktemp("world")
     script("tiny.py", "data", "--out", folder / "data", "--users", 60, "--pairs", 12, "--seed", 7)
-    script("embed.py", "--data", folder / "data", "--one-hot", "light", "warm", "large", "--users", folder / "users")
+    script(
+        "embed.py",
+        "--data",
+        folder / "data",
+        "--one-hot",
+        "light",
+        "warm",
+        "large",
+        "--users",
+        folder / "users",
+    )
     return folder / "data", folder / "users"
 
 

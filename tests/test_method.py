@@ -1,4 +1,5 @@
 """ppd.py against closed forms, finite differences and the library's own layers."""
+
 import math
 
 import pytest
@@ -35,7 +36,11 @@ def random_adapter(base, seed=0, user_dim=3, tokens=4):
 def inputs(base, b=2, seed=0):
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(b, *base.latent_shape, generator=g, dtype=base.dtype)
-    return x, torch.rand(b, generator=g, dtype=base.dtype), *base.encode_prompts(["a red star", "a blue circle"][:b])
+    return (
+        x,
+        torch.rand(b, generator=g, dtype=base.dtype),
+        *base.encode_prompts(["a red star", "a blue circle"][:b]),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss
@@ -48,29 +53,39 @@ def test_loss_by_hand():
     for i, (w, l) in enumerate(((0, 2), (1, 3))):
         e = lambda p, k: (noise[k].item() - p[k].item()) ** 2
         delta = e(pred, w) - e(ref, w) - (e(pred, l) - e(ref, l))
-        assert losses[i].item() == pytest.approx(math.log(1 + math.exp(0.01 * 100 * delta)), abs=1e-12)
+        assert losses[i].item() == pytest.approx(
+            math.log(1 + math.exp(0.01 * 100 * delta)), abs=1e-12
+        )
         assert log["implicit_accuracy"][i] == (delta < 0)
         assert log["error_ref_dispreferred"][i].item() == pytest.approx(e(ref, l), abs=1e-12)
 
 
 def test_loss_is_diffusion_dpo_at_beta_dpo_2000():
     """Diffusion-DPO's published code: -logsigmoid(-0.5 beta_dpo ((w - l) - (w_ref - l_ref))), means over C, H, W."""
-    pred, ref, noise = torch.randn(3, 8, 16, 6, 6, generator=torch.Generator().manual_seed(1)).unbind()
+    pred, ref, noise = torch.randn(
+        3, 8, 16, 6, 6, generator=torch.Generator().manual_seed(1)
+    ).unbind()
     for beta in (0.001, 0.1, 1.0, 2.0):
         w, l = (pred - noise).pow(2).mean(dim=[1, 2, 3]).chunk(2)
         w_ref, l_ref = (ref - noise).pow(2).mean(dim=[1, 2, 3]).chunk(2)
-        published = -torch.nn.functional.logsigmoid(-0.5 * 2000 * beta * ((w - l) - (w_ref - l_ref)))
+        published = -torch.nn.functional.logsigmoid(
+            -0.5 * 2000 * beta * ((w - l) - (w_ref - l_ref))
+        )
         assert torch.allclose(ppd_loss(pred, ref, noise, beta)[0], published, rtol=1e-5, atol=1e-6)
 
 
 def test_loss_at_the_reference_is_ln_2_and_a_tie_is_half():
     x = torch.randn(4, 16, 8, 8)
     losses, log = ppd_loss(x, x, torch.randn_like(x), beta=1.0)
-    assert torch.equal(losses, torch.full((2,), math.log(2))) and log["implicit_accuracy"].tolist() == [0.5, 0.5]
+    assert torch.equal(losses, torch.full((2,), math.log(2))) and log[
+        "implicit_accuracy"
+    ].tolist() == [0.5, 0.5]
 
 
 def test_loss_squares_in_float32():
-    pred, ref, noise = torch.randn(3, 4, 16, 8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    pred, ref, noise = torch.randn(
+        3, 4, 16, 8, 8, generator=torch.Generator().manual_seed(0)
+    ).bfloat16()
     exact = ppd_loss(pred.double(), ref.double(), noise.double(), beta=0.01)[0]
     assert torch.allclose(ppd_loss(pred, ref, noise, beta=0.01)[0].double(), exact, rtol=1e-5)
 
@@ -81,9 +96,17 @@ def test_hook_equals_diffusers_ip_adapter_layer():
     layer = Attention(query_dim=64, heads=2, dim_head=32, bias=True).double().eval()
     adapter = UserAdapter(3, [64], tokens=4, token_dim=16).double()
     torch.nn.init.normal_(adapter.to_v[0].weight)
-    theirs = IPAdapterAttnProcessor2_0(64, cross_attention_dim=16, num_tokens=(4,), scale=0.7).double()
-    theirs.to_k_ip[0].weight.data.copy_(adapter.to_k[0].weight), theirs.to_v_ip[0].weight.data.copy_(adapter.to_v[0].weight)
-    x, text = torch.randn(2, 64, 4, 4, dtype=torch.float64), torch.randn(2, 21, 64, dtype=torch.float64)
+    theirs = IPAdapterAttnProcessor2_0(
+        64, cross_attention_dim=16, num_tokens=(4,), scale=0.7
+    ).double()
+    (
+        theirs.to_k_ip[0].weight.data.copy_(adapter.to_k[0].weight),
+        theirs.to_v_ip[0].weight.data.copy_(adapter.to_v[0].weight),
+    )
+    x, text = (
+        torch.randn(2, 64, 4, 4, dtype=torch.float64),
+        torch.randn(2, 21, 64, dtype=torch.float64),
+    )
     tokens = adapter(torch.randn(2, 3, dtype=torch.float64))
     with adapter.user(tokens, 0.7):
         ours = UserAttnProcessor(adapter, adapter.to_k[0], adapter.to_v[0])(layer, x, text)
@@ -107,17 +130,25 @@ def test_new_adapter_changes_no_picture_for_anybody(plain):
     how = dict(prompts=["a red star"] * 3, seeds=[0, 1, 2], steps=3)
     stock = plain.sample(**how)
     for uncond in ("off", "zero", "same"):
-        assert torch.equal(plain.sample(adapter=adapter, tokens=adapter(torch.eye(3)), uncond_user=uncond, **how), stock)
+        assert torch.equal(
+            plain.sample(adapter=adapter, tokens=adapter(torch.eye(3)), uncond_user=uncond, **how),
+            stock,
+        )
 
 
 def test_user_scale_zero_is_the_base_and_seeds_stand_alone(plain):
     adapter = random_adapter(plain)
     how = dict(adapter=adapter, tokens=adapter(torch.eye(3)), steps=3)
     pictures = plain.sample(["a red star"] * 3, [5, 6, 7], **how)
-    assert torch.equal(plain.sample(["a red star"] * 3, [5, 6, 7], user_scale=0, **how), plain.sample(["a red star"] * 3, [5, 6, 7], steps=3))
+    assert torch.equal(
+        plain.sample(["a red star"] * 3, [5, 6, 7], user_scale=0, **how),
+        plain.sample(["a red star"] * 3, [5, 6, 7], steps=3),
+    )
     assert not torch.equal(pictures, plain.sample(["a red star"] * 3, [5, 6, 7], steps=3))
     how["tokens"] = how["tokens"][1:2]
-    assert torch.allclose(plain.sample(["a red star"], [6], **how)[0], pictures[1], rtol=1e-3, atol=1e-3)
+    assert torch.allclose(
+        plain.sample(["a red star"], [6], **how)[0], pictures[1], rtol=1e-3, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("uncond", ["off", "zero", "same"])
@@ -125,15 +156,33 @@ def test_guidance_by_hand(base, uncond):
     """One step of sampling against two separate passes, the unconditional one seeing whom it should."""
     adapter = random_adapter(base)
     tokens, scale, g = adapter(torch.eye(3, dtype=torch.float64)[:2]), 1.7, torch.Generator()
-    got = base.sample(["a red star", "a blue cross"], [3, 4], adapter, tokens, scale, uncond, guidance=2.5, steps=1)
-    x = torch.stack([torch.randn(base.latent_shape, generator=g.manual_seed(s), dtype=torch.float64) for s in (3, 4)])
+    got = base.sample(
+        ["a red star", "a blue cross"],
+        [3, 4],
+        adapter,
+        tokens,
+        scale,
+        uncond,
+        guidance=2.5,
+        steps=1,
+    )
+    x = torch.stack(
+        [
+            torch.randn(base.latent_shape, generator=g.manual_seed(s), dtype=torch.float64)
+            for s in (3, 4)
+        ]
+    )
     t = torch.ones(2, dtype=torch.float64)
     with adapter.user(tokens, scale):
         cond = base.predict_noise(x, t, *base.encode_prompts(["a red star", "a blue cross"]))
-    with adapter.user(*dict(off=(None,), zero=(adapter.zero_user(2), scale), same=(tokens, scale))[uncond]):
+    with adapter.user(
+        *dict(off=(None,), zero=(adapter.zero_user(2), scale), same=(tokens, scale))[uncond]
+    ):
         empty = base.predict_noise(x, t, *base.encode_prompts(["", ""]))
     base.scheduler.set_timesteps(1)
-    want = base.scheduler.step(empty + 2.5 * (cond - empty), t, x).prev_sample  # the last step adds no noise
+    want = base.scheduler.step(
+        empty + 2.5 * (cond - empty), t, x
+    ).prev_sample  # the last step adds no noise
     assert torch.allclose(got, want, rtol=1e-9)
 
 
@@ -159,10 +208,15 @@ def test_one_row_of_tokens_serves_both_halves_of_a_batch(base):
 
 def test_zero_user_is_the_mean_user_and_not_the_reference(base):
     adapter = random_adapter(base)
-    adapter.mean.copy_(torch.tensor([1.0, -2.0, 3.0])), adapter.std.copy_(torch.tensor([2.0, 0.5, 1.0]))
+    (
+        adapter.mean.copy_(torch.tensor([1.0, -2.0, 3.0])),
+        adapter.std.copy_(torch.tensor([2.0, 0.5, 1.0])),
+    )
     u = torch.randn(2, 3, dtype=torch.float64)
     dropped = adapter(u, drop=torch.tensor([True, False]))
-    assert torch.equal(dropped[:1], adapter.zero_user()) and torch.equal(dropped[1:], adapter(u[1:]))
+    assert torch.equal(dropped[:1], adapter.zero_user()) and torch.equal(
+        dropped[1:], adapter(u[1:])
+    )
     x = inputs(base)
     reference = base.predict_noise(*x)
     with adapter.user(adapter.zero_user(2)):
@@ -171,25 +225,42 @@ def test_zero_user_is_the_mean_user_and_not_the_reference(base):
 
 def test_gradients_against_finite_differences(base):
     adapter, (x, t, text, pooled) = random_adapter(base), inputs(base)
-    u, noise = torch.randn(1, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3)), torch.randn_like(x)
+    u, noise = (
+        torch.randn(1, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3)),
+        torch.randn_like(x),
+    )
     reference = base.predict_noise(x, t, text, pooled)
 
     def loss():
         with adapter.user(adapter(u)):
-            return ppd_loss(base.predict_noise(x, t, text, pooled), reference, noise, beta=0.05)[0].sum()
+            return ppd_loss(base.predict_noise(x, t, text, pooled), reference, noise, beta=0.05)[
+                0
+            ].sum()
 
     value = loss()
     value.backward()
-    for name in ("project.weight", "project.bias", "norm.weight", "to_k.0.weight", "to_k.7.weight", "to_v.0.weight", "to_v.7.weight"):
+    for name in (
+        "project.weight",
+        "project.bias",
+        "norm.weight",
+        "to_k.0.weight",
+        "to_k.7.weight",
+        "to_v.0.weight",
+        "to_v.7.weight",
+    ):
         p = adapter.get_parameter(name)
-        direction = torch.randn(p.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+        direction = torch.randn(
+            p.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4)
+        )
         with torch.no_grad():
             sides = []
             for h in (1e-5, -1e-5):
                 p.add_(h * direction)
                 sides.append(loss().item())
                 p.sub_(h * direction)
-        assert (p.grad * direction).sum().item() == pytest.approx((sides[0] - sides[1]) / 2e-5, rel=1e-5, abs=1e-9), name
+        assert (p.grad * direction).sum().item() == pytest.approx(
+            (sides[0] - sides[1]) / 2e-5, rel=1e-5, abs=1e-9
+        ), name
         assert p.grad.abs().max() > 0, name
     assert all(p.grad is None and not p.requires_grad for p in base.prior.parameters())
 
@@ -206,10 +277,16 @@ def test_one_token_gives_keys_no_gradient(base):
 def test_checkpointing_gives_the_same_gradients(base, monkeypatch):
     grads = []
     calls, real = [], UserAttnProcessor.__call__
-    monkeypatch.setattr(UserAttnProcessor, "__call__", lambda self, *a, **k: calls.append(1) or real(self, *a, **k))
+    monkeypatch.setattr(
+        UserAttnProcessor, "__call__", lambda self, *a, **k: calls.append(1) or real(self, *a, **k)
+    )
     for on in (False, True):
         adapter, x = random_adapter(base), inputs(base)
-        (base.prior.enable_gradient_checkpointing if on else base.prior.disable_gradient_checkpointing)()
+        (
+            base.prior.enable_gradient_checkpointing
+            if on
+            else base.prior.disable_gradient_checkpointing
+        )()
         with adapter.user(adapter(torch.eye(3, dtype=torch.float64)[:2])):
             base.predict_noise(*x).square().sum().backward()
         grads.append([p.grad.clone() for p in adapter.parameters()])
@@ -227,14 +304,20 @@ def test_adapter_round_trip_holds_adapter_tensors_only(plain, tmp_path):
         assert set(file.keys()) == set(adapter.state_dict()) and len(file.keys()) == 2 + 4 + 2 * 8
     again = UserAdapter.load(tmp_path)
     assert again.header["base"] == "tiny" and again.header["beta"] == 1.0
-    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), adapter.state_dict().values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(again.state_dict().values(), adapter.state_dict().values())
+    )
     assert not [k for k in plain.prior.state_dict() if "adapter" in k or "processor" in k]
 
 
 def test_adapter_errors_say_what_and_where(plain, tmp_path):
     path = tmp_path / "adapter.safetensors"
     UserAdapter(3, [256] * 8).save(path)
-    with pytest.raises(BadInput, match="adapter.safetensors is for a base with 8 attention layers of width 256; this base has 8 attention layers of width 128"):
+    with pytest.raises(
+        BadInput,
+        match="adapter.safetensors is for a base with 8 attention layers of width 256; this base has 8 attention layers of width 128",
+    ):
         UserAdapter.load(path).install(plain.prior)
     UserAdapter(3, WIDTHS).save(path)
     with safe_open(path, "pt") as file:
@@ -266,7 +349,12 @@ def test_a_pickle_that_runs_code_is_refused_unrun(tmp_path, monkeypatch):
     with pytest.raises(BadInput, match="evil.pt: refused"):
         load_user("evil.pt")
     assert not (tmp_path / "EVIL_WAS_HERE").exists()
-    for wrong in ({}, dict(embedding=torch.zeros(3)), dict(embedding=torch.full((1, 1, 3), math.nan)), [1]):
+    for wrong in (
+        {},
+        dict(embedding=torch.zeros(3)),
+        dict(embedding=torch.full((1, 1, 3), math.nan)),
+        [1],
+    ):
         torch.save(wrong, "wrong.pt")
         with pytest.raises(BadInput, match="wrong.pt: expected a dict"):
             load_user("wrong.pt")

@@ -1,0 +1,422 @@
+"""The frozen Stable Cascade: Stage C, its text encoder, and the codecs between images and latents.
+
+Stage C (the "prior") denoises 16 x 24 x 24 latents; Stages B and A (the "decoder") make the 1024 px
+image of them. What the scripts use of it is listed in bases/__init__.py.
+"""
+
+import contextlib
+import hashlib
+from collections import OrderedDict
+from functools import cached_property
+from pathlib import Path
+
+import diffusers
+import einops
+import torch
+import transformers
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from data import fit_pixels
+from utils import (
+    TINY,
+    InputError,
+    first_line,
+    headline,
+    hub_file,
+    is_hub_id,
+    load_frozen,
+    pick_dtype,
+    read_safetensors,
+)
+
+DECODER = "stabilityai/stable-cascade"
+BLOCKS = ("SDCascadeResBlock", "SDCascadeAttnBlock", "SDCascadeTimestepBlock")  # Stage C's parts
+
+
+class StableCascade:
+    """Stage C, its text encoder and an image codec, frozen and in eval mode (Stage C has dropout:
+    in train mode the policy would not be the reference even at step 0).
+
+    name: "tiny", a hub id like stabilityai/stable-cascade-prior or a folder in its layout;
+        ":prior_lite" after it picks that subfolder for the prior
+    dtype: by default float32 on a CPU, else bfloat16; float16 overflows in Stage C and is refused
+    decoder: hub id or folder with Stages A and B and the image encoder, for a base without a codec
+        of its own (default: stabilityai/stable-cascade)
+    grid: side of the latents there; 24 is Stage C's own, of 768 px images
+    Raises InputError, naming --base and what is wrong with it.
+    """
+
+    def __init__(self, name="tiny", device="cpu", dtype=None, decoder=None, grid=24):
+        for library in (diffusers, transformers):  # their bars and notices would hide our lines
+            library.utils.logging.set_verbosity_error()
+            library.utils.logging.disable_progress_bar()
+        self.name = str(name)
+        self.device = torch.device(device)
+        self.dtype = dtype or pick_dtype("auto", device)
+        if self.dtype == torch.float16:
+            raise InputError("float16 gives NaN in Stage C: use bfloat16 or float32")
+        folder, prior = find_base(self.name)
+        settings = dict(torch_dtype=self.dtype, variant="bf16")
+        try:
+            self.prior = load_frozen(
+                diffusers.StableCascadeUNet, folder, self.device, subfolder=prior, **settings
+            )
+            self.text_encoder = load_frozen(
+                transformers.CLIPTextModelWithProjection,
+                folder,
+                self.device,
+                subfolder="text_encoder",
+                **settings,
+            )
+            self.tokenizer = transformers.CLIPTokenizer.from_pretrained(
+                folder, subfolder="tokenizer"
+            )
+            self.codec = load_codec(self.name, self.device, self.dtype, decoder, grid)
+        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            raise InputError(f"--base {name}: cannot load {folder}: {headline(error)}") from None
+        self.codec.set_text_model(self.tokenizer, self.text_encoder)
+        self.scheduler = make_scheduler(self.device)
+        self.latent_shape = self.codec.latent_shape
+        self.image_size = self.codec.image_size
+        self.steps = self.codec.default_steps
+        self.guidance = self.codec.default_guidance
+
+    def attention_layers(self):
+        """Every attention layer of Stage C. There is no separate text cross-attention, one softmax
+        covers the image's own positions and the text, so these are the paper's "each
+        cross-attention layer" (64 at full size)."""
+        return attention_layers(self.prior)
+
+    @property
+    def channels(self):
+        """Width of each attention layer, what UserAdapter takes."""
+        return [layer.to_q.in_features for layer in self.attention_layers()]
+
+    # -------------------------------------------------------------------------- conditions
+    def tokenize(self, captions):
+        """Captions -> token ids and attention mask, (2, B, L); L = 77 at full scale."""
+        encoded = self.tokenizer(
+            list(captions), padding="max_length", truncation=True, return_tensors="pt"
+        )
+        return torch.stack([encoded.input_ids, encoded.attention_mask])
+
+    @torch.no_grad()
+    def encode_tokens(self, tokens):
+        """tokenize()'s (2, B, L), on the device -> text states (B, L, d), before the encoder's last
+        norm, and pooled (B, 1, d)."""
+        input_ids, attention_mask = tokens
+        length = input_ids.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=input_ids.device).tril()
+        visible = causal & attention_mask.bool()[:, None, None, :]  # (B, 1, L, L)
+        # the mask is made here because the library's own waits for the GPU
+        mask = torch.zeros_like(visible, dtype=self.dtype)
+        mask = mask.masked_fill(~visible, torch.finfo(self.dtype).min)
+        out = self.text_encoder(input_ids, attention_mask=mask, output_hidden_states=True)
+        return out.hidden_states[-1], out.text_embeds[:, None]
+
+    def encode_prompts(self, captions):
+        """B captions -> what encode_tokens gives."""
+        return self.encode_tokens(self.tokenize(captions).to(self.device))
+
+    # ---------------------------------------------------------------- images and latents
+    @torch.no_grad()
+    def encode_pixels(self, pixels):
+        """(B, 3, S, S) uint8 on the device -> latents (B, C, h, w) in the base's dtype."""
+        return encode_pixels(self.codec, pixels, self.dtype)
+
+    def encode_images(self, images):
+        """PIL images -> latents (B, C, h, w); short side resized, centre cropped."""
+        pixels = fit_pixels(images, self.codec.image_size, self.codec.resample)
+        return self.encode_pixels(pixels.to(self.device))
+
+    @torch.no_grad()
+    def decode(self, latents, prompts, seeds):
+        """Latents (B, C, h, w) -> list of B PIL images. Stage B, a diffusion model too, wants the
+        captions and seeds (B each)."""
+        pixels = self.codec.decode(latents.to(self.dtype), prompts, seeds)
+        pixels = einops.rearrange(pixels.float().mul(255).round().byte(), "b c h w -> b h w c")
+        return [Image.fromarray(image) for image in pixels.cpu().numpy()]
+
+    # ------------------------------------------------------------------------- diffusion
+    def cast_timesteps(self, t):
+        """Timesteps as the network will see them: rounded once to its dtype, then in float32."""
+        return t.to(self.dtype).to(torch.promote_types(self.dtype, torch.float32))
+
+    def add_noise(self, latents, noise, t):
+        """x_t = alpha_t x_0 + sigma_t eps (Sec. 3). latents, noise: (B, C, h, w); t: (B,) float in
+        (0, 1], never integers."""
+        return self.scheduler.add_noise(latents, noise, self.cast_timesteps(t))
+
+    def target(self, latents, noise, t):
+        """What predict() should give: Stage C predicts the noise."""
+        return noise
+
+    def predict(self, x_t, t, text, pooled):
+        """eps_theta(x_t, c, u, t). x_t: (B, C, h, w); t: (B,) in (0, 1]; text and pooled: see
+        encode_tokens; returns (B, C, h, w)."""
+        # without clip_img the network silently drops the text tokens as well
+        no_image = x_t.new_zeros(len(x_t), 1, self.prior.config.clip_image_in_channels)
+        t = self.cast_timesteps(t).to(self.dtype)
+        out = self.prior(x_t, t, clip_text_pooled=pooled, clip_text=text, clip_img=no_image)
+        return out.sample
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts,
+        seeds,
+        adapter=None,
+        user_tokens=None,
+        user_scale=1.0,
+        guidance=None,
+        steps=None,
+    ):
+        """Ancestral DDPM with classifier-free guidance, whose two branches both see the user.
+
+        prompts: B captions
+        seeds: B ints, each the whole randomness of its image, whatever else is in the batch
+        user_tokens: (B, L, d), or None for the base
+        user_scale: multiplies the user term of Eq. 7; 0 is the base exactly
+        returns latents (B, C, h, w)
+        """
+        b = len(prompts)
+        guidance = self.guidance if guidance is None else guidance
+        conditions = self.encode_prompts(prompts)
+        if guidance > 1:  # one batch of 2B, the conditional half first
+            unconditional = self.encode_prompts([""] * b)
+            conditions = [torch.cat(c) for c in zip(conditions, unconditional, strict=True)]
+        generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        noise = [torch.randn(self.latent_shape, generator=g, dtype=self.dtype) for g in generators]
+        x = torch.stack(noise).to(self.device)
+
+        user = contextlib.nullcontext()
+        if user_tokens is not None and user_scale != 0:
+            if guidance > 1:
+                user_tokens = torch.cat([user_tokens, user_tokens])
+            user = adapter.user(user_tokens, user_scale)
+        self.scheduler.set_timesteps(steps or self.steps, device=self.device)
+        with user:
+            for t in self.scheduler.timesteps[:-1]:  # 1 ... 1 / steps; the last is 0: nothing to do
+                t = t.expand(b).to(self.dtype)
+                if guidance > 1:
+                    both = self.predict(torch.cat([x, x]), torch.cat([t, t]), *conditions)
+                    conditional, unconditional = both.chunk(2)
+                    noise_pred = torch.lerp(unconditional, conditional, guidance)
+                else:
+                    noise_pred = self.predict(x, t, *conditions)
+                x = self.scheduler.step(noise_pred, t, x, generator=generators).prev_sample
+        return x
+
+    def compile_blocks(self):
+        """torch.compile every block of Stage C: one graph for each kind of block and use."""
+        # with and without gradient, skip connection; shapes of training, validation and previews
+        torch._dynamo.config.recompile_limit = 64
+        for block in self.prior.modules():
+            if type(block).__name__ in BLOCKS:
+                block.compile(dynamic=False)
+
+
+def attention_layers(prior):
+    """The attention layers of a StableCascadeUNet, in its own order; diffusers' pipelines too."""
+    blocks = [m for m in prior.modules() if type(m).__name__ == "SDCascadeAttnBlock"]
+    return [block.attention for block in blocks]
+
+
+def make_scheduler(device):
+    """The release's noise schedule; its constants on the device, or each use would wait for it."""
+    scheduler = diffusers.DDPMWuerstchenScheduler()
+    scheduler.s = scheduler.s.to(device)
+    scheduler._init_alpha_cumprod = scheduler._init_alpha_cumprod.to(device)
+    return scheduler
+
+
+def find_base(name):
+    """--base -> its folder (a Path) or hub id (a string), and the subfolder of its prior."""
+    repo, _, prior = str(name).partition(":")
+    prior = prior or "prior"
+    if repo == "tiny":  # before any path: a folder of that name stands beside the scripts
+        return TINY, prior
+    if is_hub_id(repo):
+        return repo, prior
+    if not (Path(repo) / prior).is_dir():
+        raise InputError(
+            f"--base {name}: no folder {Path(repo) / prior}; expected 'tiny', a hub id or a folder "
+            f"with {prior}, text_encoder and tokenizer in it"
+        )
+    return Path(repo), prior
+
+
+# ------------------------------------------------------------------------------- codecs
+def load_codec(name, device, dtype, decoder=None, grid=24):
+    """The image codec of a base: its own if it has one, else Stable Cascade's."""
+    folder, _ = find_base(name)
+    if isinstance(folder, Path) and (folder / "codec").is_dir():
+        return PatchCodec.load(folder / "codec" / "codec.safetensors").to(device, dtype)
+    return CascadeCodec(decoder or DECODER, device, dtype, grid)
+
+
+def encode_pixels(codec, pixels, dtype):
+    """(B, 3, S, S) uint8 -> latents (B, C, h, w): for training and for cached latents alike."""
+    return codec.encode(pixels.float() / 255).to(dtype)
+
+
+class CascadeCodec:
+    """Stage C's image encoder, and Stages B and A; each is loaded when first needed.
+
+    repo: a hub id or a folder like stabilityai/stable-cascade's
+    grid: side of the latents; images are 32 times as large
+    """
+
+    default_steps, default_guidance = 30, 4.0  # of Stage C: Sec. 5.1's, and the release's
+    resample = Image.BILINEAR
+
+    def __init__(self, repo, device, dtype, grid):
+        self.repo = repo
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.image_size = 32 * grid
+        self.latent_shape = (16, grid, grid)
+        imagenet = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=device)
+        self.mean, self.std = imagenet.view(2, 3, 1, 1)
+
+    def set_text_model(self, tokenizer, text_encoder):
+        """Stage B uses Stage C's."""
+        self.tokenizer = tokenizer
+        self.text_encoder = text_encoder
+
+    @cached_property
+    def encoder(self):
+        """EfficientNetV2-S, a 1 x 1 convolution to 16 channels, and a BatchNorm that makes latents
+        of about unit variance; after
+        https://github.com/Stability-AI/StableCascade/blob/master/modules/effnet.py."""
+        from torchvision.models import efficientnet_v2_s
+
+        mapper = nn.Sequential(nn.Conv2d(1280, 16, 1, bias=False), nn.BatchNorm2d(16, affine=False))
+        backbone = efficientnet_v2_s(weights=None).features
+        encoder = nn.Sequential(OrderedDict(backbone=backbone, mapper=mapper))
+        path = hub_file(self.repo, "effnet_encoder.safetensors")
+        try:
+            encoder.load_state_dict(load_file(path))
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise InputError(
+                f"{path}: not Stable Cascade's image encoder ({first_line(error)})"
+            ) from None
+        return encoder.to(self.device).eval().requires_grad_(False)  # float32: 0.3% of a step
+
+    @cached_property
+    def decoder_pipeline(self):
+        """Stages B and A as diffusers' own pipeline, from its parts: the pipeline's from_pretrained
+        looks for Stage A's class where diffusers no longer has it."""
+        from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
+
+        settings = dict(torch_dtype=self.dtype)
+        try:
+            stage_b = load_frozen(
+                diffusers.StableCascadeUNet,
+                self.repo,
+                self.device,
+                subfolder="decoder",
+                variant="bf16",
+                **settings,
+            )
+            stage_a = load_frozen(
+                PaellaVQModel, self.repo, self.device, subfolder="vqgan", **settings
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(f"--decoder {self.repo}: {headline(error)}") from None
+        pipeline = diffusers.StableCascadeDecoderPipeline(
+            decoder=stage_b,
+            tokenizer=self.tokenizer,
+            text_encoder=self.text_encoder,
+            scheduler=diffusers.DDPMWuerstchenScheduler(),
+            vqgan=stage_a,
+            latent_dim_scale=10.67,
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline.to(self.device)
+
+    def free_decoder(self):
+        """Give back the memory of Stages B and A."""
+        vars(self).pop("decoder_pipeline", None)
+
+    def digest(self):
+        """A fingerprint of the encoder, for cached latents."""
+        encoder = hub_file(self.repo, "effnet_encoder.safetensors")
+        return hashlib.sha256(encoder.read_bytes()).hexdigest()[:16]
+
+    def encode(self, pixels):
+        """(B, 3, 32 h, 32 w) in [0, 1] -> latents (B, 16, h, w) float32."""
+        return self.encoder((pixels - self.mean) / self.std)
+
+    def decode(self, latents, prompts, seeds):
+        """Latents -> pixels (B, 3, H, W) in [0, 1]; 10 steps of Stage B, without guidance."""
+        generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        return self.decoder_pipeline(
+            latents,
+            list(prompts),
+            num_inference_steps=10,
+            guidance_scale=0.0,
+            generator=generators,
+            output_type="pt",
+        ).images
+
+
+class PatchCodec(nn.Module):
+    """The tiny world's stand-in for Stages A and B: every patch of pixels, projected on its leading
+    principal directions. Linear both ways: (B, 3, P h, P w) in [0, 1] <-> (B, C, h, w) latents of
+    about unit variance."""
+
+    default_steps, default_guidance = 20, 2.0  # more guidance bleaches the small base's grounds
+    resample = Image.BICUBIC
+
+    def __init__(self, patch=4, channels=16, side=32):
+        super().__init__()
+        self.patch = patch
+        self.image_size = side
+        self.latent_shape = (channels, side // patch, side // patch)
+        self.register_buffer("mean", torch.zeros(3 * patch * patch))
+        self.register_buffer("encode_matrix", torch.zeros(3 * patch * patch, channels))
+        self.register_buffer("decode_matrix", torch.zeros(channels, 3 * patch * patch))
+
+    @classmethod
+    def load(cls, path):
+        """Read what `python -m tiny.train base` wrote; InputError names the file."""
+        try:
+            metadata, state = read_safetensors(path)
+            with torch.device("meta"):  # no memory yet, whatever size the header says
+                channels = len(state["decode_matrix"])
+                codec = cls(int(metadata["patch"]), channels, int(metadata["side"]))
+            codec.load_state_dict(state, assign=True)
+        except (KeyError, ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
+            raise InputError(f"{path}: not a codec of tiny.train ({first_line(error)})") from None
+        return codec
+
+    def set_text_model(self, tokenizer, text_encoder):
+        """Its decoder needs none."""
+
+    def free_decoder(self):
+        """Nothing to give back."""
+
+    def digest(self):
+        """A fingerprint of the encoder, for cached latents."""
+        matrices = (self.mean, self.encode_matrix)
+        content = b"".join(matrix.double().cpu().numpy().tobytes() for matrix in matrices)
+        return hashlib.sha256(content).hexdigest()[:16]
+
+    def encode(self, pixels):
+        """(B, 3, P h, P w) in [0, 1] -> latents (B, C, h, w)."""
+        pixels = pixels.to(self.mean.dtype)
+        p = self.patch
+        patches = einops.rearrange(pixels, "b c (h p) (w q) -> b h w (c p q)", p=p, q=p)
+        latents = (patches - self.mean) @ self.encode_matrix
+        return einops.rearrange(latents, "b h w c -> b c h w")
+
+    def decode(self, latents, prompts=None, seeds=None):
+        """Latents (B, C, h, w) -> pixels (B, 3, P h, P w) in [0, 1]."""
+        p = self.patch
+        patches = einops.rearrange(latents, "b c h w -> b h w c") @ self.decode_matrix + self.mean
+        pixels = einops.rearrange(patches, "b h w (c p q) -> b c (h p) (w q)", p=p, q=p)
+        return pixels.clamp(0, 1)

@@ -1,0 +1,463 @@
+"""The paper's other experiments, each a subcommand; results go where evaluate.py's go.
+
+python experiments.py interpolate --adapter runs/onehot          # Fig. 4: between three rewards
+python experiments.py classify --users users-classify            # Fig. 2: whose embedding is it?
+python experiments.py profiles --baselines runs/ppd-baselines    # Fig. 6: the profile in words
+"""
+
+import argparse
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import plots
+from data import hash_fraction, image_ids, load_shots, load_user, read_pairs
+from evaluate import (
+    check_args,
+    common_arguments,
+    compare,
+    finish_args,
+    format_ci,
+    format_mean,
+    format_rate,
+    load_embeddings,
+    load_profiles,
+    load_reward_run,
+    load_run,
+    load_true_tastes,
+    markdown_table,
+    mean_ci,
+    rate_ci,
+    report,
+    rows_by_id,
+    select_test_pairs,
+    train_baseline,
+)
+from rewards import REWARDS, score
+from sample import generate, load_base_for, load_user_embedding
+from tiny import world
+from utils import InputError, read_json, run_script
+
+TOP_K = (1, 2, 4, 8, 16)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="experiments.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("command", choices=list(EXPERIMENTS), metavar="COMMAND", help=", ".join(EXPERIMENTS))
+    add("--n", type=int, help="captions (64), users to classify (300) or unseen users (200)")
+    add("--profile-users", help="classify: the same users read by embed.py --profile")
+    common_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.command == "classify":
+        args.users = args.users or "users-classify"
+        args.out = args.out or args.users
+    else:
+        args.adapter = args.adapter or "runs/ppd"
+    if args.command == "profiles" and not args.baselines:
+        parser.error("profiles wants --baselines FOLDER, for its Diffusion-DPO in the run dpo")
+    check_args(args, parser.error)
+    return finish_args(args, parser, argv)
+
+
+# ------------------------------------------------ Fig. 4: between three rewards (Sec. 5.1)
+def interpolate(args):
+    """Fig. 4: weights of three rewards, 11 along each edge and the corners of a grid of fifths
+    inside; the mean score of --n images each, with the same captions and noise everywhere."""
+    adapter, vectors, _, _, prompts, seeds = load_reward_run(args, 64)
+    names = list(vectors)
+    if len(names) != 3:
+        raise InputError(f"--adapter {args.adapter}: {len(names)} rewards; the simplex wants three")
+    base = load_base_for(adapter, args)
+    shown = min(2, len(prompts) - 1)  # the prompt of the figure
+    scores, images = {}, {}
+    for point in tqdm(simplex_points(), desc="weights", disable=None):
+        blend = sum(w / 10 * vectors[name] for w, name in zip(point, names, strict=True))
+        made = generate(
+            base,
+            prompts,
+            seeds,
+            adapter,
+            blend,
+            args.batch,
+            steps=args.steps,
+            guidance=args.guidance,
+        )
+        by_reward = [score(name, made, prompts, str(base.device)) for name in names]
+        scores[point] = np.stack(by_reward)  # (3, n)
+        images[point] = made[shown]
+
+    edges = []
+    for a, b in itertools.combinations(range(3), 2):
+        points = [edge_point(a, b, w) for w in range(11)]
+        for k, weights in ((a, np.arange(10, -1, -1)), (b, np.arange(11))):
+            along = np.stack([scores[point][k] for point in points])
+            means = [mean_ci(row) for row in along]
+            edge = dict(edge=[names[a], names[b]], reward=names[k], means=means)
+            edges.append(edge | spearman(weights, along))
+    simplex = []
+    for point, values in scores.items():
+        weights = dict(zip(names, (np.array(point) / 10).tolist(), strict=True))
+        means = {name: mean_ci(values[k]) for k, name in enumerate(names)}
+        simplex.append(dict(weights=weights, means=means))
+    result = dict(edges=edges, map=simplex)
+    figure = figure_4(result, f'"{prompts[shown]}", by weights', images)
+    report(args, result, interpolate_table(result), dict(figure_4=figure))
+
+
+def simplex_points():
+    """Weights in tenths, (i, j, k) of sum 10: all along the edges, fifths inside."""
+    points = [(i, j, 10 - i - j) for i in range(11) for j in range(11 - i)]
+    return [p for p in points if 0 in p or not (p[0] % 2 or p[1] % 2)]
+
+
+def edge_point(a, b, w):
+    """The point of weight w / 10 for b and the rest for a."""
+    point = [0, 0, 0]
+    point[a], point[b] = 10 - w, w
+    return tuple(point)
+
+
+def spearman(weights, scores):
+    """Rank correlation of weights (W,) with the mean of scores (W, prompts) over prompts, 0 where
+    those are constant, and its 95% bootstrap interval over prompts."""
+
+    def ranks(x):  # ties share their average rank
+        return np.array([(x < v).sum() + (x == v).sum() / 2 for v in x])
+
+    def correlation(means):
+        if np.ptp(means) == 0:
+            return 0.0
+        return float(np.corrcoef(ranks(weights), ranks(means))[0, 1])
+
+    rng = np.random.default_rng(0)
+    n = scores.shape[1]
+    resampled = [correlation(scores[:, rng.integers(n, size=n)].mean(1)) for _ in range(1000)]
+    interval = [round(float(q), 4) for q in np.quantile(resampled, (0.025, 0.975))]
+    return dict(spearman=round(correlation(scores.mean(1)), 4), n=n, ci95=interval)
+
+
+def figure_4(result, title, images):
+    """The images over the simplex of weights, the mean scores over it, and along its edges. images:
+    {point: PIL image}."""
+    names = list(result["map"][0]["weights"])
+    means = {}
+    for entry in result["map"]:
+        point = tuple(round(10 * weight) for weight in entry["weights"].values())
+        if not (point[0] % 2 or point[1] % 2):  # fifths
+            means[point] = {name: m["mean"] for name, m in entry["means"].items()}
+    figure, axes = plots.new_figure(2, 4, size=(4.2, 4.2))
+    plots.draw_simplex(axes[0], title, names, {point: images[point] for point in means})
+    for axis, name in zip((axes[1], axes[4], axes[5]), names, strict=True):
+        values = {point: by_name[name] for point, by_name in means.items()}
+        plots.draw_simplex(axis, f"mean {name}", names, values)
+    edges = result["edges"]
+    ticks = [f"{w / 10:g}" for w in range(11)]
+    pairs = zip(edges[::2], edges[1::2], strict=True)
+    for axis, pair in zip((axes[2], axes[3], axes[6]), pairs, strict=True):
+        series = {}
+        for edge in pair:
+            line = [(m["mean"], m["ci95"]) for m in edge["means"]]
+            if edge["reward"] in REWARDS:  # in units of their own: here in deviations
+                every = np.array(
+                    [entry["means"][edge["reward"]]["mean"] for entry in result["map"]]
+                )
+                line = [tuple((np.array(v) - every.mean()) / every.std()) for v, _ in line]
+            series[edge["reward"]] = line
+        a, b = pair[0]["edge"]
+        plots.draw_lines(axis, f"from {a} to {b}", ticks, series, "mean score")
+    axes[7].axis("off")
+    return plots.to_image(figure)
+
+
+def interpolate_table(result):
+    header = ["edge", "score", "Spearman of its weight and its mean", "95%", "n"]
+    rows = []
+    for e in result["edges"]:
+        ends = [e["means"][0], e["means"][-1]]
+        if e["reward"] == e["edge"][0]:
+            ends.reverse()
+        numbers = [f"{e['spearman']:.3f}", format_ci(e), e["n"], *map(format_mean, ends)]
+        rows.append([" to ".join(e["edge"]), e["reward"], *numbers])
+    return markdown_table([*header, "mean at weight 0", "at 1"], rows)
+
+
+# ------------------------------------------ Fig. 2: whose embedding is this? (Sec. 4.2)
+def classify(args):
+    """Fig. 2: a classifier from a frozen embedding of one four-shot group to its user, by the VLM's
+    layer, read after the prompt (--users) and after a written profile (--profile-users).
+
+    One group a user is for the test, one to choose the epoch; a group that shares an image with
+    either trains nothing (the winner of a pair stays on screen, so many would). On the drawn world
+    also two ceilings, as few distinct tastes exist. Captions may recur among a user's groups: on
+    real data that tells users apart too.
+    """
+    users = Path(args.users)
+    pairs, settings = read_pairs(users)
+    data = Path(args.data or settings["data"])
+    rows = rows_by_id(data)
+    train_groups = select_users(args, users, pairs, rows)
+    names = list(train_groups)
+    n_groups = sum(len(groups) for groups in train_groups.values())
+    result = dict(people=len(names), groups=n_groups, states={})
+    print(
+        f"{len(names)} users; {n_groups} groups to train on, one each to choose the epoch, to test"
+    )
+    for kind, folder in (("prompt", users), ("profile", args.profile_users)):
+        if folder:
+            files = [load_user(Path(folder) / f"{name}.pt") for name in names]
+            check_same_shots(kind, folder, users, names, files)
+            for state, ranks in rank_by_layer(kind, files, train_groups, args.seed):
+                hits = {str(k): rate_ci((ranks < k).float().tolist()) for k in TOP_K}
+                result["states"][state] = hits
+    result["chance"] = {str(k): k / len(names) for k in TOP_K}
+    if (data / "people.json").is_file():
+        result["ceilings"] = ceilings(data, users, names, rows)
+    report(args, result, classify_table(result), dict(figure_2=figure_2(result)))
+
+
+def select_users(args, users, pairs, rows):
+    """{user: groups to train on} of --n users with ten groups or more, by hash."""
+    train_groups = {}
+    names = {row["user"] for row in pairs}
+    for name in sorted(names, key=lambda name: hash_fraction("classify", name)):
+        groups = load_user(users / f"{name}.pt")["shots"]
+        if len(groups) < 10:
+            continue
+        shown = [set().union(*(image_ids(row) for row in rows(group))) for group in groups]
+        if shown[0] & shown[1]:
+            continue
+        clean = [g for g in range(2, len(groups)) if not shown[g] & (shown[0] | shown[1])]
+        if clean:
+            train_groups[name] = clean
+        if len(train_groups) == (args.n or 300):
+            break
+    if len(train_groups) < 20:
+        raise InputError(
+            f"--users {users}: {len(train_groups)} users with ten groups or more; expected at "
+            f"least 20. Embed with --groups 20 --layer all"
+        )
+    return train_groups
+
+
+def check_same_shots(kind, folder, users, names, files):
+    for name, file in zip(names, files, strict=True):
+        same = file["shots"] == load_user(users / f"{name}.pt")["shots"]
+        if not same or bool(file["profile"]) != (kind == "profile"):
+            raise InputError(
+                f"{Path(folder) / name}.pt: expected a user read after the {kind} from the same "
+                f"choices as in {users}"
+            )
+
+
+def rank_by_layer(kind, files, train_groups, seed):
+    """For each stored layer, its name and every test embedding's rank of its own user."""
+    owners = [i for i, groups in enumerate(train_groups.values()) for _ in groups]
+    for layer in tqdm(range(files[0]["embedding"].shape[1]), f"classifiers, {kind}", disable=None):
+        states = [file["embedding"][:, layer] for file in files]
+        groups = zip(states, train_groups.values(), strict=True)
+        train = torch.cat([state[list(g)] for state, g in groups])
+        validation = torch.stack([state[1] for state in states])
+        test = torch.stack([state[0] for state in states])
+        name = layer if files[0]["layer"] == "all" else files[0]["layer"]
+        ranks = classifier(train, torch.tensor(owners), validation, test, seed)
+        yield f"{kind}, layer {name}", ranks
+
+
+def classifier(x, owners, validation, test, seed, epochs=60):
+    """An MLP from embeddings x (N, D) to users, owners (N,), at its best epoch on `validation` ->
+    rank (0 is first) of each user for their own embedding in `test`; both are (users, D), in
+    order."""
+    torch.manual_seed(seed)
+    mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
+    x, validation, test = ((v - mean) / std for v in (x, validation, test))
+    mlp = nn.Sequential(
+        nn.Linear(x.shape[1], 256),
+        nn.GELU(),
+        nn.LayerNorm(256),
+        nn.Dropout(0.3),
+        nn.Linear(256, len(test)),
+    )
+    optimizer = torch.optim.AdamW(mlp.parameters(), lr=1e-3, weight_decay=1e-2)
+    own = torch.arange(len(test))
+    best_loss, best_ranks = math.inf, None
+    for _ in range(epochs):
+        mlp.train()
+        for batch in torch.randperm(len(x)).split(64):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(mlp(x[batch]), owners[batch], label_smoothing=0.1)
+            loss.backward()
+            optimizer.step()
+        mlp.eval()
+        with torch.no_grad():
+            loss = nn.functional.cross_entropy(mlp(validation), own).item()
+            if loss < best_loss:
+                logits = mlp(test)
+                best_loss = loss
+                best_ranks = (logits > logits[own, own][:, None]).sum(1)
+    return best_ranks
+
+
+def ceilings(data, users, names, rows):
+    """Top-k accuracy of who reads the four choices perfectly, and of who knows the true taste:
+    neither can do better than guess among users of the same taste."""
+    weights, _, odds = world.all_tastes()
+    tastes, _ = load_true_tastes(data)
+    distance = torch.cdist(tastes(names), torch.tensor(weights, dtype=torch.float32))
+    kind = distance.argmin(1).numpy()  # (users,) which of all_tastes()
+    tested = []
+    for name in names:
+        shots = load_shots(data, rows(load_user(users / f"{name}.pt")["shots"][0]))
+        tested += [image for _, *images in shots for image in images]
+    z = world.standardized(tested).reshape(len(names), -1, 2, len(world.AXES))
+    likelihood = (world.taste_posterior(z) / odds)[:, kind]  # of every user, given these choices
+    own = likelihood.diagonal()[:, None]
+    n_better = (likelihood > own * (1 + 1e-9)).sum(1)
+    n_tied = (np.abs(likelihood / own - 1) <= 1e-9).sum(1)
+    n_same_taste = (kind[:, None] == kind).sum(1)
+    reader, taste = {}, {}
+    for k in TOP_K:
+        reader[str(k)] = rate_ci(np.clip((k - n_better) / n_tied, 0, 1).tolist())
+        taste[str(k)] = rate_ci(np.minimum(1, k / n_same_taste).tolist())
+    return {"a perfect reader of the four choices": reader, "the true taste": taste}
+
+
+def figure_2(result):
+    """Top-k accuracy of the last layer, and top-16 accuracy by layer."""
+    by_k, by_layer = {}, {}
+    for kind in ("prompt", "profile"):
+        rows = [row for name, row in result["states"].items() if name.startswith(kind)]
+        if rows:
+            last = rows[-1]
+            by_k[f"{kind}, last layer"] = [
+                (last[str(k)]["rate"], last[str(k)]["ci95"]) for k in TOP_K
+            ]
+            by_layer[f"after the {kind}"] = [(row["16"]["rate"], row["16"]["ci95"]) for row in rows]
+    for name, row in result.get("ceilings", {}).items():
+        by_k[name] = [row[str(k)]["rate"] for k in TOP_K]
+    by_k["chance"] = list(result["chance"].values())
+    n_layers = len(by_layer["after the prompt"])
+    by_layer["chance"] = [result["chance"]["16"]] * n_layers
+    figure, (left, right) = plots.new_figure(1, 2)
+    title = f"Which of {result['people']} users? Top k of the classifier"
+    plots.draw_lines(left, title, [f"k = {k}" for k in TOP_K], by_k, "accuracy")
+    title = "Top 16 by layer (0: the embedded last token)"
+    plots.draw_lines(right, title, range(n_layers), by_layer, "accuracy")
+    return plots.to_image(figure)
+
+
+def classify_table(result):
+    header = [f"embedding, {result['people']} users", *(f"top {k}" for k in TOP_K)]
+    rows = [["chance", *(f"{value:.3f}" for value in result["chance"].values())]]
+    for name, row in (result["states"] | result.get("ceilings", {})).items():
+        rows.append([name, *map(format_rate, row.values())])
+    return markdown_table(header, rows)
+
+
+# ---------------------------------------------- Fig. 6: the profile in words instead (Sec. 5.2)
+def profiles(args):
+    """Fig. 6: the profile that the VLM writes of unseen users, appended to the caption, against
+    PPD: base, Diffusion-DPO (in --baselines), both again with the profile, PPD; one held-out
+        caption a user.
+    Win rate and true reward where the truth is known, and how much of the caption is kept: its
+    color and shape on the drawn world, else the CLIP score."""
+    adapter, users, pairs, settings = load_run(args)
+    data = Path(settings["data"])
+    rows = select_test_pairs(users, pairs, unseen=args.n or 200)["unseen"]
+    names = [row["user"] for row in rows]
+    captions = [row["caption"] for row in rows]
+    seeds = [args.seed + i for i in range(len(rows))]
+    written = load_profiles(args, users, names, data)
+    with_profile = [f"{c}, {text}" for c, text in zip(captions, written, strict=True)]
+    dpo = train_baseline(args, adapter, "dpo", users, objective="dpo")
+    base = load_base_for(adapter, args)
+    most = base.tokenizer.model_max_length
+    n_truncated = sum(len(base.tokenizer(text).input_ids) > most for text in with_profile)
+    if n_truncated:
+        print(f"{n_truncated} of {len(rows)} captions with a profile are too long, and are cut")
+    zero_user = load_user_embedding(dpo, "zero")
+    arms = {
+        "base": (captions, adapter, None),
+        "base, profile in the caption": (with_profile, adapter, None),
+        "Diffusion-DPO": (captions, dpo, zero_user),
+        "Diffusion-DPO, profile in the caption": (with_profile, dpo, zero_user),
+        "PPD": (captions, adapter, load_embeddings(adapter, users, names)),
+    }
+    images = {}
+    for arm, (prompts, arm_adapter, user) in arms.items():
+        arm_adapter.install(base.attention_layers())
+        images[arm] = generate(
+            base,
+            prompts,
+            seeds,
+            arm_adapter,
+            user,
+            args.batch,
+            arm,
+            steps=args.steps,
+            guidance=args.guidance,
+        )
+    likes = [""] * len(names)
+    result = dict(arms={})
+    if (data / "people.json").is_file():
+        tastes, words = load_true_tastes(data)
+        likes = [f"likes {text}\n" for text in words(names)]
+        scores = {arm: world.utility(tastes(names).numpy(), images[arm]) for arm in arms}
+        for arm in arms:
+            kept = rate_ci(world.fidelity(images[arm], captions))
+            result["arms"][arm] = compare(scores[arm], scores["base"]) | dict(fidelity=kept)
+        others = [arm for arm in arms if arm != "PPD"]
+        result["over"] = {arm: compare(scores["PPD"], scores[arm]) for arm in others}
+    else:
+        for arm in arms:
+            clip = score("clip", images[arm], captions, str(base.device))
+            result["arms"][arm] = dict(clip=mean_ci(clip))
+    result["profiles"] = dict(zip(names[:8], written, strict=False))
+    labels = [f"{captions[i][:60]}\n{likes[i]}VLM: {written[i][:60]}" for i in range(len(rows))][:8]
+    sheet = [[images[arm][i] for arm in arms] for i in range(len(labels))]
+    titles = [arm.replace(", profile in the caption", "\n+ profile") for arm in arms]
+    figure = plots.image_grid(sheet, labels, titles)
+    report(args, result, profiles_table(result), dict(figure_6=figure))
+
+
+def profiles_table(result):
+    if "over" not in result:
+        rows = [[arm, format_mean(r["clip"])] for arm, r in result["arms"].items()]
+        return markdown_table(["method", "CLIP score with the caption"], rows)
+    header = ["method", "win rate over base", "95%", "true reward", "colour and shape", "95%"]
+    header += ["PPD's win rate over it", "95%", "n"]
+    rows = []
+    for arm, r in result["arms"].items():
+        won, lost = r if arm != "base" else None, result["over"].get(arm)
+        cells = [[f"{x['win_rate']:.3f}", format_ci(x)] if x else ["-", "-"] for x in (won, lost)]
+        kept = [f"{r['fidelity']['rate']:.3f}", format_ci(r["fidelity"])]
+        rows.append([arm, *cells[0], f"{r['mean']:+.2f}", *kept, *cells[1], r["n"]])
+    return markdown_table(header, rows)
+
+
+EXPERIMENTS = dict(interpolate=interpolate, classify=classify, profiles=profiles)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    path = Path(args.out) / "evaluation.json"
+
+    def run(args):
+        if path.exists():
+            read_json(path)  # a broken one is better known now than after the work
+        EXPERIMENTS[args.command](args)
+
+    run_script("experiments.py", run, args)
+
+
+if __name__ == "__main__":
+    main()

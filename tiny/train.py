@@ -1,0 +1,550 @@
+"""Trains the small checkpoints of tiny/checkpoints; nobody needs to read it to learn the method.
+
+From the repository's root; a killed run goes on when its command is given again:
+
+    python -m tiny.train base --out first                                 # small Stage C, 40
+    minutes python -m tiny.train base --init first --out base --seed 1 --lr 5e-4 --lean 1.3
+    python -m tiny.train vlm --out vlm                                    # small LLaVA-OneVision,
+    17
+"""
+
+import argparse
+import math
+import time
+from pathlib import Path
+
+import diffusers
+import einops
+import numpy as np
+import tokenizers
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import save_file
+from tokenizers.pre_tokenizers import ByteLevel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+import embed
+from bases.cascade import PatchCodec
+from tiny import world
+from tiny.world import AXES, AXIS_WORDS, BRADLEY_TERRY_SCALE, CAPTIONS, COLORS, SHAPES, WORDS
+from utils import InputError, first_line, flag, load_checkpoint, run_script, save_checkpoint
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def training_loop(out, steps, lr, models, optimizer, loss_of, save_every, after=None, carry=None):
+    """The loop of both small models, resumable.
+
+    loss_of(step) -> loss, {name: number to log}; after(step) follows the optimizer's step
+    carry: tensors that a resume needs besides weights and optimizer, by name
+    """
+    carry = carry or {}
+    start, began, log = 0, time.time(), {}
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    config = dict(steps=steps, lr=lr)
+    saved = load_checkpoint(out, config)
+    if saved:
+        try:
+            models.load_state_dict(saved["models"])
+            optimizer.load_state_dict(saved["optimizer"])
+            for name, tensor in carry.items():
+                tensor.copy_(saved["carry"][name])
+        except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"--out {out} holds a run of other sizes: {first_line(error)}"
+            ) from None
+        start = saved["step"]
+    size = sum(p.numel() for p in models.parameters()) / 1e6
+    print(f"{size:.2f}M parameters, from step {start}")
+    for step in tqdm(range(start, steps), initial=start, total=steps, desc=out.name, disable=None):
+        warmup, decay = (step + 1) / 200, 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(warmup, decay)
+        loss, numbers = loss_of(step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if after:
+            after(step)
+        for name, number in numbers.items():
+            log.setdefault(name, []).append(number.detach())
+        if (step + 1) % 250 == 0:
+            means = [f"{name} {torch.stack(v[-50:]).mean():.4f}" for name, v in log.items()]
+            print(f"step {step + 1} {', '.join(means)} {time.time() - began:.0f} s", flush=True)
+        if (step + 1) % save_every == 0 or step + 1 == steps:
+            state = dict(models=models.state_dict(), optimizer=optimizer.state_dict())
+            save_checkpoint(out, config=config, carry=carry, step=step + 1, **state)
+
+
+# ---------------------------------------------------------------- the small base checkpoint
+def make_tokenizer(max_length=16):
+    """A real CLIPTokenizer with one token for each word of the world; other text falls back to
+    bytes."""
+    alphabet = sorted(ByteLevel.alphabet())
+    tokens = alphabet + [letter + "</w>" for letter in alphabet]
+    merges = []
+    for word in ["an", *COLORS, *SHAPES, *WORDS]:
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:  # byte-pair encoding: the earliest known merge, else the leftmost
+            pairs = list(zip(pieces, pieces[1:], strict=False))
+            known = [pair for pair in pairs if pair in merges]
+            pair = min(known, key=merges.index) if known else pairs[0]
+            if not known:
+                merges.append(pair)
+                tokens.append("".join(pair))
+            i = pairs.index(pair)
+            pieces[i : i + 2] = ["".join(pair)]
+    names = dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"])
+    vocab = {token: i for i, token in enumerate(names)}
+    tokenizer = transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+    for word in [*COLORS, *SHAPES, *WORDS]:
+        assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1, word
+    return tokenizer
+
+
+def taste_words(z, rng, most=2):
+    """Up to two words for what stands out in an image: z (5,) standardized axes -> "dark,
+    large"."""
+    axes = [a for a in rng.permutation(len(AXES)) if abs(z[a]) > 0.6]
+    axes = axes[: rng.integers(1, most + 1)]
+    return ", ".join(AXIS_WORDS[a][int(z[a] < 0)] for a in axes)
+
+
+def fit_codec(images, patch=4, channels=16):
+    """PCA of 4 x 4 patches (99% of the variance in 16 channels), partly whitened: fully whitened,
+    the faint directions get heavy tails; not at all, the flat ground outweighs everything else.
+    images: (B, 3, H, W)."""
+    codec = PatchCodec(patch, channels)
+    patches = einops.rearrange(images, "b c (h p) (w q) -> (b h w) (c p q)", p=patch, q=patch)
+    values, vectors = torch.linalg.eigh(torch.cov(patches.T.double()))
+    values, vectors = values.flip(0)[:channels], vectors.flip(1)[:, :channels]
+    scale = values**0.35  # std ** 0.7
+    scale *= (values / scale**2).mean().sqrt()  # mean latent variance 1
+    codec.mean.copy_(patches.mean(0))
+    codec.encode_matrix.copy_(vectors / scale)
+    codec.decode_matrix.copy_((vectors * scale).T)
+    return codec
+
+
+def make_base(tokenizer, width, layers):
+    """The small prior and text encoder, with random weights; flat like Stage C."""
+    text = transformers.CLIPTextModelWithProjection(
+        transformers.CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            projection_dim=64,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length,
+            hidden_act="gelu",
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    text.to(DEVICE)
+    prior = diffusers.StableCascadeUNet(
+        in_channels=16,
+        out_channels=16,
+        timestep_ratio_embedding_dim=64,
+        patch_size=1,
+        conditioning_dim=width,
+        block_out_channels=(width, width),
+        num_attention_heads=(width // 64, width // 64),
+        down_num_layers_per_block=tuple(layers),
+        up_num_layers_per_block=tuple(layers)[::-1],
+        clip_text_in_channels=64,
+        clip_text_pooled_in_channels=64,
+        clip_image_in_channels=64,
+        clip_seq=4,
+        dropout=(0.1, 0.1),
+        switch_level=(False,),
+    ).to(DEVICE)
+    # the class never calls its own initialization; start at "no noise"
+    torch.nn.init.zeros_(prior.clf[1].weight)
+    # dropout stays in the config, as in the release, but a model this small only loses by it
+    return prior.eval(), text.eval()
+
+
+def train_base(out, steps, batch, lr, seed, pictures, width, layers, init, lean, save_every=1000):
+    """Train the small Stage C, its text encoder and the codec; write them in the hub's folder
+    layout. Noise prediction on the release's schedule (Eq. 1), exponential weight average."""
+    out = Path(out)
+    if (out / "prior").exists() and not (out / "state.pt").exists():
+        raise InputError(f"--out {out} holds a finished base; choose another folder")
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(pictures)]
+    drawn = [world.draw_random(rng, c) for c in tqdm(captions, desc="drawing", disable=None)]
+    images = world.to_array(drawn)
+    z = world.standardized(images)
+    worded = []
+    for i, caption in enumerate(captions):
+        words = taste_words(z[i], rng)
+        worded.append(f"{caption}, {words}" if words else caption)
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    if init:
+        codec = PatchCodec.load(Path(init) / "codec" / "codec.safetensors")
+    else:
+        codec = fit_codec(images[:5000])
+    latents = codec.encode(images)
+    error = (codec.decode(latents[:2000]) - images[:2000]).abs().mean()
+    print(f"{pictures} images, latent variance {latents.var():.3f}, codec error {error:.4f}")
+
+    tokenizer = make_tokenizer()
+    prior, text = make_base(tokenizer, width, layers)
+    if init:  # go on from a finished base: its codec too, the latents are its own
+        settings = dict(variant="bf16", torch_dtype=torch.float32)
+        for model, name in ((prior, "prior"), (text, "text_encoder")):
+            before = type(model).from_pretrained(init, subfolder=name, **settings)
+            model.load_state_dict(before.state_dict())
+    tokens = {}
+    for kind, texts in (("plain", captions), ("worded", worded), ("empty", [""])):
+        encoded = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+        tokens[kind] = torch.stack([encoded.input_ids, encoded.attention_mask])
+
+    scheduler = diffusers.DDPMWuerstchenScheduler()
+    models = torch.nn.ModuleDict(dict(prior=prior, text=text))
+    ema = {name: value.detach().clone() for name, value in models.state_dict().items()}
+    optimizer = torch.optim.AdamW(models.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    fast_prior = torch.compile(prior)
+    # Taste words act at the very first, noisiest steps, whose errors are a thousandth of the last
+    # ones': with t uniform and errors unweighted the words are never learned. So t leans to 1 (with
+    # 2, half are above 0.75), and every timestep's error counts relative to what is usual there
+    # (Stage C's own "adaptive" weight).
+    usual_error = torch.ones(50, device=DEVICE)
+
+    def loss_of(step):
+        g = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        index = torch.randint(pictures, (batch,), generator=g)
+        kind = torch.rand(batch, generator=g)[:, None]  # a third worded, a tenth empty
+        ids = torch.where(kind < 1 / 3, tokens["worded"][:, index], tokens["plain"][:, index])
+        ids = torch.where(kind > 0.9, tokens["empty"], ids).to(DEVICE)
+        x0 = latents[index].to(DEVICE)
+        noise = torch.randn(latents[index].shape, generator=g).to(DEVICE)
+        t = (1 - torch.rand(batch, generator=g) ** lean).clamp(0.001, 1).to(DEVICE)
+        # sdpa's fused backward is slow on a CPU: plain matrix products take half the time
+        with torch.autocast(DEVICE, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            encoded = text(ids[0], attention_mask=ids[1], output_hidden_states=True)
+            noise_pred = fast_prior(
+                scheduler.add_noise(x0, noise, t),
+                t,
+                clip_text_pooled=encoded.text_embeds[:, None],
+                clip_text=encoded.hidden_states[-1],
+                clip_img=torch.zeros(batch, 1, 64, device=DEVICE),
+            ).sample
+        error = (noise_pred.float() - noise).square().mean((1, 2, 3))
+        bucket = (t * 49.999).long()
+        moved = torch.lerp(usual_error[bucket], error.detach(), 0.05)
+        usual_error.index_copy_(0, bucket, moved)
+        return (error / usual_error[bucket]).mean(), dict(loss=error.mean())
+
+    @torch.no_grad()
+    def average(step):
+        decay = min(0.999, (step + 1) / (step + 10))
+        for name, parameter in models.named_parameters():
+            ema[name].lerp_(parameter, 1 - decay)
+
+    carry = dict(typical=usual_error, **ema)
+    training_loop(out, steps, lr, models, optimizer, loss_of, save_every, average, carry)
+    models.load_state_dict(ema)
+    for model, name in ((prior, "prior"), (text, "text_encoder")):  # bf16, as the release's variant
+        model.to(torch.bfloat16).save_pretrained(out / name, variant="bf16")
+    tokenizer.save_pretrained(out / "tokenizer")
+    scheduler.save_pretrained(out / "scheduler")
+    (out / "codec").mkdir(exist_ok=True)
+    state = {name: value.contiguous() for name, value in codec.state_dict().items()}
+    metadata = dict(patch=str(codec.patch), side=str(codec.image_size))
+    save_file(state, out / "codec" / "codec.safetensors", metadata)
+    (out / "state.pt").unlink()
+
+
+# ----------------------------------------------------------------------- the small VLM
+def make_vlm_tokenizer():
+    """One token for every word of the world and for every fixed piece of embed.py's prompts; any
+    other text falls back to bytes."""
+    alphabet = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=alphabet, merges=[]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
+    tokenizer.add_special_tokens(special)
+    pieces = [embed.INTRO, *embed.QUESTIONS.values(), embed.PREFERRED, embed.DISPREFERRED]
+    pieces += [embed.IMAGE_1, embed.IMAGE_2, "CHOICE: 1", "CHOICE: 2"]
+    pieces += [embed.PAIR.format(i) for i in range(1, 9)] + [f"Pair {i}: " for i in range(1, 9)]
+    pieces += ["User profile: ", ", ", ".\n", "a ", "an ", " "]
+    pieces += ["system\nYou are a helpful assistant.", "user\n", "assistant\n"]
+    pieces += [*COLORS, *SHAPES, *WORDS]
+    tokenizer.add_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in pieces])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        padding_side="left",
+        additional_special_tokens=["<|im_start|>", "<image>", "<video>"],
+    )
+
+
+def make_vlm(side=world.SIDE, patch=16, width=192, layers=4):
+    """A LlavaOnevisionForConditionalGeneration with random weights, and its processor."""
+    tokenizer = make_vlm_tokenizer()
+    points = [[side, side], [side, 2 * side], [2 * side, side], [2 * side, 2 * side]]
+    image_processor = transformers.LlavaOnevisionImageProcessor(
+        size={"height": side, "width": side},
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        image_grid_pinpoints=points,
+    )
+    processor = transformers.LlavaOnevisionProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        video_processor=transformers.LlavaOnevisionVideoProcessor(),
+        num_image_tokens=(side // patch) ** 2,
+        vision_feature_select_strategy="full",
+    )
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=side,
+        patch_size=patch,
+        vision_use_head=False,
+    )
+    text = transformers.Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+    )
+    config = transformers.LlavaOnevisionConfig(
+        vision_config=vision,
+        text_config=text,
+        tie_word_embeddings=True,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=points,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    return transformers.LlavaOnevisionForConditionalGeneration(config), processor
+
+
+def sample_choices(rng, z, n, pairs):
+    """n new users, each with `pairs` choices among images of axes z (captions, images, 5) -> their
+    words, captions (n, pairs) and images (n, pairs, 2) as indices, preferred first."""
+    tastes, words = world.draw_users(n, int(rng.integers(2**31)))
+    captions = rng.integers(z.shape[0], size=(n, pairs))
+    images = rng.integers(z.shape[1], size=(n, pairs, 2))
+    liking = (z[captions[..., None], images] * tastes[:, None, None]).sum(-1)
+    gap = liking[..., :1] - liking[..., 1:]
+    swap = rng.uniform(size=(n, pairs, 1)) > 1 / (1 + np.exp(-BRADLEY_TERRY_SCALE * gap))
+    return words, captions, np.where(swap, images[..., ::-1], images)
+
+
+def make_examples(rng, z, n, pairs, task):
+    """n prompts with answers, the images (n, images) in the order of the prompts, and for tokens
+    that nobody can know the odds of a perfect reader, {offset from the answer's end: {token:
+    probability}} for each answer.
+
+    task: "look" names all five axes of one image. The others are embed.py's prompts: "taste" names
+    the three likeliest words, "profile" does so after the two axes on which each pair differs most,
+    "judge" picks one of two further images.
+    """
+    if task == "look":
+        images = rng.integers(z.shape[0] * z.shape[1], size=(n, 1))
+        answers = []
+        for row in z.reshape(-1, len(AXES))[images[:, 0]]:
+            words = [AXIS_WORDS[axis][int(v < 0)] for axis, v in enumerate(row)]
+            answers.append(", ".join(words) + "<|im_end|>")
+        prompt = embed.SYSTEM + "<image>" + embed.ASSISTANT_TURN
+        return [prompt] * n, answers, images, [{}] * n
+    is_judge = task == "judge"
+    _, captions, images = sample_choices(rng, z, n, pairs + is_judge)
+    if is_judge:  # either order
+        images[:, -1] = rng.permuted(images[:, -1], axis=1)
+    axes = z[captions[..., None], images]
+    weights, named, _ = world.all_tastes()
+    gap = axes[:, :, 0] - axes[:, :, 1]
+    posterior = world.taste_posterior(axes[:, :pairs])
+    picks_first = 1 / (1 + np.exp(-BRADLEY_TERRY_SCALE * gap[:, -1] @ weights.T))
+    first = (posterior * picks_first).sum(1)
+    prompts, answers, odds = [], [], []
+    for i in range(n):
+        names = [CAPTIONS[c] for c in captions[i]]
+        last = names[-1] if is_judge else None
+        prompts.append(embed.build_vlm_prompt(names[:pairs], task, last))
+        if is_judge:
+            answer = f"CHOICE: {1 if first[i] > 0.5 else 2}"
+            known = {-2: {"CHOICE: 1": first[i], "CHOICE: 2": 1 - first[i]}}
+        else:
+            answer, known = describe_taste(posterior[i] @ named)
+            if task == "profile":
+                answer = describe_pairs(gap[i]) + "User profile: " + answer
+        answers.append(answer + "<|im_end|>")
+        odds.append(known)
+    image_indices = (captions[..., None] * z.shape[1] + images).reshape(n, -1)
+    return prompts, answers, image_indices, odds
+
+
+def describe_taste(likely):
+    """How likely each of WORDS is (10,) -> the three likeliest, and the odds of each given those
+    before it, by offset from the answer's end."""
+    best = np.argsort(-likely)[:3]
+    words = list(WORDS)
+    odds = {}
+    for k, offset in enumerate((-6, -4, -2)):
+        odds[offset] = dict(zip(words, likely / likely.sum(), strict=True))
+        likely = np.where(np.arange(len(words)) == best[k], 0, likely)
+    return ", ".join(words[w] for w in best), odds
+
+
+def describe_pairs(gap):
+    """The two axes on which each pair differs most, from their differences (pairs, 5)."""
+    text = ""
+    for k, differences in enumerate(gap, 1):
+        widest = np.argsort(-np.abs(differences))[:2]
+        words = [AXIS_WORDS[a][int(differences[a] < 0)] for a in widest]
+        text += f"Pair {k}: {', '.join(words)}.\n"
+    return text
+
+
+def soft_targets(answers, odds, tokenizer):
+    """Token ids of the answers, one after the other, as probabilities (tokens, vocabulary): 1, but
+    for the tokens whose odds are known."""
+    ids = torch.tensor([i for answer in answers for i in answer], device=DEVICE)
+    targets = F.one_hot(ids, len(tokenizer)).float()
+    ends = np.cumsum([len(answer) for answer in answers])
+    for end, known in zip(ends, odds, strict=True):
+        for offset, words in known.items():
+            columns = tokenizer.convert_tokens_to_ids(list(words))
+            values = torch.tensor(list(words.values()), dtype=torch.float32, device=DEVICE)
+            targets[end + offset] = 0
+            targets[end + offset, columns] = values
+    return targets
+
+
+def train_vlm(out, steps, batch, lr, seed, pictures, save_every=500):
+    """Teach the small VLM to read users. 500 steps it only looks at single images, and 1,000 it
+    reads
+    the taste from four pairs: without these it learns nothing in hours. Then everything: taste in
+    words, with and without describing every pair first, from 1 to 8 pairs, and which of two further
+    images the user would choose. Answers are a perfect reader's, with its odds."""
+    out = Path(out)
+    if (out / "config.json").exists() and not (out / "state.pt").exists():
+        raise InputError(f"--out {out} holds a finished VLM; choose another folder")
+    torch.manual_seed(seed)
+    vlm, processor = make_vlm()
+    vlm.to(DEVICE)
+    model, tokenizer = vlm.model, processor.tokenizer
+    rng = np.random.default_rng([seed, 3])
+    each = pictures // len(CAPTIONS)
+    captions = [caption for caption in CAPTIONS for _ in range(each)]
+    drawn = [world.draw_random(rng, c) for c in tqdm(captions, desc="drawing", disable=None)]
+    drawn = world.to_array(drawn)
+    z = world.standardized(drawn).reshape(len(CAPTIONS), each, -1)
+    drawn = torch.from_numpy(drawn).permute(0, 3, 1, 2).mul(2).sub(1).to(torch.bfloat16).to(DEVICE)
+    optimizer = torch.optim.AdamW(vlm.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
+
+    def loss_of(step):
+        rng = np.random.default_rng([seed, 4, step])
+        if step < 500:
+            task = "look"
+        elif step < 1500:
+            task = "taste"
+        else:
+            task = str(rng.choice(["taste", "profile", "judge"], p=[0.4, 0.4, 0.2]))
+        pairs = 4 if step < 1500 or rng.uniform() < 0.6 else int(rng.integers(1, 9))
+        n = batch * 4 // (1 if task == "look" else max(pairs, 2))
+        prompts, answers, images, odds = make_examples(rng, z, n, pairs, task)
+        # 4 patches and a line break an image: what processor and model make of many images
+        prompts = tokenizer([text.replace("<image>", "<image>" * 5) for text in prompts]).input_ids
+        answers = tokenizer(answers).input_ids
+        texts = [torch.tensor(a + b) for a, b in zip(prompts, answers, strict=True)]
+        ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(DEVICE)
+        is_answer = torch.zeros(ids.shape, dtype=torch.bool, device=DEVICE)
+        for i, (a, b) in enumerate(zip(prompts, answers, strict=True)):
+            is_answer[i, len(a) : len(a) + len(b)] = True
+        targets = soft_targets(answers, odds, tokenizer)
+        with torch.autocast(DEVICE, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            shown = drawn[torch.from_numpy(images.flatten())]
+            vision = model.vision_tower(shown, output_hidden_states=True)
+            # what the model takes: the state before the tower's last norm
+            patches = model.multi_modal_projector(vision.hidden_states[-1])
+            newline = model.image_newline.to(patches.dtype).expand(len(patches), 1, -1)
+            patches = torch.cat([patches, newline], 1)
+            words = model.language_model.embed_tokens(ids)
+            is_image = (ids == vlm.config.image_token_id)[..., None]
+            words = words.masked_scatter(is_image, patches.to(words.dtype))
+            hidden = model.language_model(inputs_embeds=words).last_hidden_state
+            logits = vlm.lm_head(hidden[:, :-1][is_answer[:, 1:]])
+        log_probs = logits.float().log_softmax(-1)
+        # 0 is a perfect reader
+        loss = F.kl_div(log_probs, targets, reduction="sum") / len(targets)
+        return loss, {task: loss}
+
+    training_loop(out, steps, lr, vlm, optimizer, loss_of, save_every)
+    vlm.to(torch.bfloat16).save_pretrained(out)
+    processor.save_pretrained(out)
+    (out / "state.pt").unlink()
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="tiny.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, steps, pictures in (("base", 12000, 40000), ("vlm", 4000, 20000)):
+        add = commands.add_parser(name, prog="tiny.train").add_argument
+        add("--out", required=True, help="folder to write")
+        add("--steps", type=int, default=steps, help="(default: %(default)s)")
+        add("--batch", type=int, default=64, help="images or users a step (default: %(default)s)")
+        add("--lr", type=float, default=1e-3, help="(default: %(default)s)")
+        add("--seed", type=int, default=0, help="(default: %(default)s)")
+        add(
+            "--pictures",
+            type=int,
+            default=pictures,
+            help="images drawn to learn from (%(default)s)",
+        )
+        if name == "base":
+            add("--width", type=int, default=128, help="(default: %(default)s)")
+            add("--init", help="folder of a base to start from (default: random weights)")
+            add("--lean", type=float, default=2.0, help="timesteps are 1 - u^lean (%(default)s)")
+            add("--layers", type=int, nargs=2, default=[2, 2], help="blocks a level, down and up")
+    args = parser.parse_args(argv)
+    for key, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            least = -1 if key == "seed" else 0
+            if isinstance(number, int | float) and not least < number < math.inf:
+                expected = "0 or more" if key == "seed" else "a number above 0"
+                parser.error(f"{flag(key)} {number}: expected {expected}")
+    if args.command == "base" and args.width % 64:
+        parser.error(f"--width {args.width}: expected a multiple of 64, a head's width")
+    return args
+
+
+def run(args):
+    settings = vars(args)
+    train = dict(base=train_base, vlm=train_vlm)[settings.pop("command")]
+    train(**settings)
+
+
+def main(argv=None):
+    run_script("tiny.train", run, parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Files, checkpoints, processes and devices: what every script needs and nobody has to read
+first."""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+
+TINY = Path(__file__).resolve().parent / "tiny" / "checkpoints"  # what the name "tiny" stands for
+
+
+class InputError(ValueError):
+    """Something from outside (a file, a flag, a row) is wrong; scripts print it as one line."""
+
+
+def first_line(error, limit=150):
+    """An exception's message as the start of one line, for messages of ours."""
+    return " ".join(str(error).split())[:limit]
+
+
+# ------------------------------------------------------------------------------ files
+def write_atomically(path, write):
+    """Call write(temporary path), then put the file in place: readers see all of it or none.
+
+    Raises InputError if it cannot be written, for example on a full disk; what was there before
+    stays.
+    """
+    temporary = Path(f"{path}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())  # or a power cut could leave the new name on an empty file
+        os.replace(temporary, path)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch wraps a failed write
+        temporary.unlink(missing_ok=True)
+        raise InputError(
+            f"{path}: cannot be written ({first_line(error, 120)}); what was there before is kept"
+        ) from None
+
+
+def append_line(path, text):
+    """One more line at the end of a file, on the disk when this returns."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def read_json(path):
+    """A .json file that holds one object, as a dict."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        assert isinstance(content, dict)
+    except (ValueError, RecursionError, AssertionError):
+        raise InputError(f"{path}: not a JSON object; move it away") from None
+    return content
+
+
+def read_jsonl(path):
+    """Lines of a .jsonl as a list of dicts; a last line that a kill cut short is dropped."""
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    whole_lines = text.split("\n")[:-1]  # what follows the last newline is no whole line
+    records = []
+    for number, line in enumerate(whole_lines, 1):
+        try:
+            record = json.loads(line)
+            assert isinstance(record, dict)
+        except (ValueError, RecursionError, AssertionError):
+            raise InputError(f"{path} line {number}: not a JSON object") from None
+        records.append(record)
+    return records
+
+
+def write_jsonl(path, records):
+    """Dicts to a .jsonl, atomically."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_safetensors(path):
+    """A .safetensors file: its metadata (dict of strings) and its tensors (dict), on the CPU."""
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: not a readable safetensors file ({first_line(error)})") from None
+
+
+def torch_load_safe(path):
+    """torch.load of tensors and plain values alone: a pickle that would run code is refused."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+# ------------------------------------------------------------------------ checkpoints
+def save_checkpoint(folder, **state):
+    """<folder>/state.pt, what a run needs to go on, atomically."""
+    write_atomically(Path(folder) / "state.pt", lambda path: torch.save(state, path))
+
+
+def load_checkpoint(folder, config):
+    """What save_checkpoint() wrote, on the CPU, or None if there is none.
+
+    Raises InputError if it cannot be read, or if its `config` says otherwise than this one: every
+    difference is named.
+    """
+    path = Path(folder) / "state.pt"
+    if not path.exists():
+        return None
+    try:
+        state = torch_load_safe(path)
+        assert isinstance(state["step"], int)
+    except (OSError, MemoryError):  # says nothing against the file
+        raise
+    except Exception as error:  # torch raises many kinds: unpickling, zip, end of file
+        raise InputError(
+            f"cannot resume from {path} ({type(error).__name__}); start again in another folder"
+        ) from None
+    before = state.get("config")
+    if not isinstance(before, dict):
+        before = {}
+    different = [key for key in config if key in before and before[key] != config[key]]
+    if different:
+        changes = "; ".join(
+            f"{flag(key)} is {config[key]}, but was {before[key]}" for key in different
+        )
+        raise InputError(f"{changes} when the run in {folder} began")
+    return state
+
+
+def flag(key):
+    """A setting's name as its command-line flag; a phrase stays a phrase."""
+    return key if " " in key else "--" + key.replace("_", "-")
+
+
+# -------------------------------------------------------------------- pretrained models
+def is_hub_id(name):
+    """Whether a string that is no folder here reads like owner/name on the hub."""
+    looks_like_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) is not None
+    return looks_like_id and not Path(name).exists()
+
+
+def hub_file(repo, name, kind="model"):
+    """Path of a file of a folder, or of a hub repository (its cache, or a download into it)."""
+    if not is_hub_id(repo):
+        path = Path(repo) / name
+        if not path.is_file():
+            raise InputError(f"{path}: no such file")
+        return path
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo, name, repo_type=kind))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{repo}: cannot get {name} from the hub: {headline(error)}") from None
+
+
+def headline(error):
+    """The first line of a library's error message."""
+    return str(error).strip().splitlines()[0]
+
+
+def load_frozen(cls, folder, device, **load_kwargs):
+    """cls.from_pretrained(folder), in eval mode and without gradients.
+
+    Raises OSError if a tensor is missing from the files: it would be random.
+    """
+    model, info = cls.from_pretrained(folder, output_loading_info=True, **load_kwargs)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        part = load_kwargs.get("subfolder", folder)
+        raise OSError(f"{part} lacks {len(missing)} tensors, {missing[0]} first")
+    return model.to(device).eval().requires_grad_(False)
+
+
+# ---------------------------------------------------------------- processes and devices
+def rank_and_world():
+    """This process's number and how many there are, as torchrun says; 0 and 1 without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def all_gather_objects(value):
+    """[rank 0's value, rank 1's, ...] under torchrun, else [value]; waits for all of them."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def all_reduce_sum(tensors):
+    """Each of these tensors of one dtype becomes its sum over ranks, in one exchange."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+def pick_device(name="auto"):
+    """A --device as PyTorch's device string; under torchrun on GPUs, this process's own GPU."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(kind for kind in available if available[kind])
+    if not available[name]:
+        raise InputError(f"--device {name}: PyTorch sees no such device here")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        gpu = int(os.environ["LOCAL_RANK"])
+        if gpu >= torch.cuda.device_count():
+            raise InputError(
+                f"--nproc-per-node: more processes than the {torch.cuda.device_count()} GPUs here"
+            )
+        name = f"cuda:{gpu}"
+        torch.cuda.set_device(name)
+    return name
+
+
+def pick_dtype(name, device):
+    """A --dtype as a torch.dtype; auto is float32 on a CPU, else bfloat16."""
+    if name != "auto":
+        return getattr(torch, name)
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
+def run_script(name, run, args):
+    """run(args); whatever is wrong with the input becomes one line and exit status 1."""
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        sys.exit(f"{name}: interrupted")
+    except (InputError, OSError) as error:
+        # the last line: an error from a DataLoader worker carries its traceback before it
+        sys.exit(f"{name}: error: {str(error).strip().splitlines()[-1]}")
