@@ -15,75 +15,57 @@ import signal
 import sys
 import warnings
 from collections import Counter
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import einops
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset
 
 from utils import InputError, first_line, read_json, torch_load_safe, write_atomically
 
 SPLITS = ("train", "validation", "test-seen", "test-unseen")
-SALT = (
-    33759  # of the split hashes; with it the tiny world's 8 test captions show all colors, shapes
-)
-COLUMNS = {  # what is read of Pick-a-Pic v2's rows
-    "ranking_id": pa.int64(),
-    "user_id": pa.int64(),
-    "caption": pa.string(),
-    "image_0_uid": pa.string(),
-    "image_1_uid": pa.string(),
-    "label_0": pa.float64(),
-}
+SALT = 33759  # of the split hashes; with it the 8 tiny test captions show all colors and shapes
+INTEGER = pa.int64()
+TEXT = pa.string()
+# What is read of Pick-a-Pic v2's rows, and what pairs.parquet holds (scores: of synthetic users).
+COLUMNS = dict(ranking_id=INTEGER, user_id=INTEGER, caption=TEXT, image_0_uid=TEXT)
+COLUMNS |= dict(image_1_uid=TEXT, label_0=pa.float64())
 IMAGE_COLUMNS = ("jpg_0", "jpg_1")
-PAIR_COLUMNS = {  # of pairs.parquet; the scores are there for synthetic users
-    "ranking_id": pa.int64(),
-    "user": pa.string(),
-    "split": pa.string(),
-    "caption": pa.string(),
-    "file": pa.string(),
-    "row": pa.int64(),
-    "preferred": pa.int64(),
-    "groups": pa.list_(pa.int64()),
-}
+PAIR_COLUMNS = dict(ranking_id=INTEGER, user=TEXT, split=TEXT, caption=TEXT, file=TEXT, row=INTEGER)
+PAIR_COLUMNS |= dict(preferred=INTEGER, groups=pa.list_(INTEGER))
 OPTIONAL_COLUMNS = ("image_0_uid", "image_1_uid", "score_0", "score_1")
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # others may start programs
+CACHE_AGAIN = "delete it and its .done.npy and run embed.py --cache-latents again"
 
 
 # ------------------------------------------------------------------------- rows and splits
 def read_rows(data):
     """Every row's metadata: dicts with COLUMNS plus `file` (inside the folder) and `row` (inside
-    the file). Of 335 GB of Pick-a-Pic this reads the few columns named here, no image."""
+    the file); no image of Pick-a-Pic's 335 GB is read. Raises InputError naming file and column."""
     data = Path(data)
     files = sorted(data.rglob("*.parquet"))
     if not files:
-        raise InputError(
-            f"--data {data}: no .parquet file in that folder; expected Pick-a-Pic v2's own layout"
-        )
+        raise InputError(f"--data {data}: no .parquet file in that folder")
     rows = []
     for file in files:
-        table = read_metadata(file)
+        try:
+            reader = pq.ParquetFile(file)
+            schema = reader.schema_arrow
+            table = reader.read(columns=[name for name in COLUMNS if name in schema.names])
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{file}: not a readable parquet file ({first_line(error)})") from None
+        for name in IMAGE_COLUMNS:
+            if name not in schema.names or "binary" not in str(schema.field(name).type):
+                raise InputError(f"{file}: column {name!r} is missing or unusable; expected bytes")
+        found = cast_columns(table, COLUMNS, file).to_pylist()
         name = str(file.relative_to(data))
-        rows += [row | dict(file=name, row=i) for i, row in enumerate(table.to_pylist())]
+        rows += [row | dict(file=name, row=i) for i, row in enumerate(found)]
     return rows
-
-
-def read_metadata(file):
-    """One parquet file's COLUMNS as a table; InputError names the file and column."""
-    try:
-        reader = pq.ParquetFile(file)
-        schema = reader.schema_arrow
-        table = reader.read(columns=[name for name in COLUMNS if name in schema.names])
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{file}: not a readable parquet file ({first_line(error)})") from None
-    for name in IMAGE_COLUMNS:
-        if name not in schema.names or "binary" not in str(schema.field(name).type):
-            raise InputError(f"{file}: column {name!r} is missing or unusable; expected bytes")
-    return cast_columns(table, COLUMNS, file)
 
 
 def cast_columns(table, types, path):
@@ -93,9 +75,8 @@ def cast_columns(table, types, path):
         try:
             columns[name] = table[name].cast(kind)
         except (KeyError, pa.ArrowException):
-            raise InputError(
-                f"{path}: column {name!r} is missing or unusable; expected {kind}"
-            ) from None
+            problem = f"column {name!r} is missing or unusable; expected {kind}"
+            raise InputError(f"{path}: {problem}") from None
     return pa.table(columns)
 
 
@@ -109,24 +90,23 @@ def split_rows(rows, validation, test, unseen):
     """Sec. 5.2's four splits, by hash of user and caption.
 
     validation, test: shares of captions; unseen: share of users
-    Returns the kept rows, each with `split` and `preferred` (0 or 1), and a Counter of what was
-    dropped and why. An unseen user's other captions are split "shots": they condition, nothing
-    trains or tests on them. The winner stays on screen in Pick-a-Pic's app, so an image recurs: a
-    row outside train that shares one with train is dropped.
+    Returns the kept rows with their `split` and `preferred` (0 or 1), and a Counter of what was
+    dropped and why. An unseen user's other captions are split "shots": they only condition. Images
+    recur (Pick-a-Pic's winner stays): a row outside train that shares one with train is dropped.
     """
 
     @lru_cache(None)
     def split_of(user, caption):
+        is_unseen = hash_fraction("user", user) < unseen
         fraction = hash_fraction("caption", caption)
-        if fraction < validation:
-            part = "validation"
-        else:
-            part = "test" if fraction < validation + test else "train"
-        if hash_fraction("user", user) >= unseen:
-            return "test-seen" if part == "test" else part
-        return "test-unseen" if part == "test" else "shots"
+        if validation <= fraction < validation + test:
+            return "test-unseen" if is_unseen else "test-seen"
+        if is_unseen:
+            return "shots"
+        return "validation" if fraction < validation else "train"
 
-    kept, dropped = [], Counter()
+    kept = []
+    dropped = Counter()
     for row in rows:
         if row["label_0"] not in (0, 1):
             dropped["tie or no label"] += 1
@@ -136,10 +116,7 @@ def split_rows(rows, validation, test, unseen):
             row["split"] = split_of(row["user_id"], " ".join(row["caption"].lower().split()))
             row["preferred"] = 0 if row["label_0"] == 1 else 1
             kept.append(row)
-    trained = set()
-    for row in kept:
-        if row["split"] == "train":
-            trained |= image_ids(row)
+    trained = {image for row in kept if row["split"] == "train" for image in image_ids(row)}
     fresh = [row for row in kept if row["split"] == "train" or not trained & image_ids(row)]
     dropped["image also in train"] = len(kept) - len(fresh)
     return fresh, dropped
@@ -153,20 +130,18 @@ def print_splits(rows, dropped):
     print(f"{'split':<14}{'users':>8}{'captions':>10}{'pairs':>10}")
     for split in (*SPLITS, "shots"):
         part = [row for row in rows if row["split"] == split]
-        users = len({row["user_id"] for row in part})
-        captions = len({row["caption"] for row in part})
+        users, captions = (len({row[key] for row in part}) for key in ("user_id", "caption"))
         print(f"{split:<14}{users:>8}{captions:>10}{len(part):>10}")
     for reason, count in dropped.items():
         print(f"dropped: {reason:<25}{count:>8}")
 
 
-# ------------------------------------------------------------------------------- images
+# --------------------------------------------------------- images, groups of four shots
 @lru_cache(None)
 def row_group_starts(file):
     """First row of each of a parquet file's row groups, and the end."""
     meta = pq.read_metadata(file)
-    sizes = [meta.row_group(g).num_rows for g in range(meta.num_row_groups)]
-    return np.cumsum([0] + sizes)
+    return np.cumsum([0] + [meta.row_group(g).num_rows for g in range(meta.num_row_groups)])
 
 
 @lru_cache(8)
@@ -182,12 +157,9 @@ def read_images(data, row, sides=(0, 1)):
         starts = row_group_starts(file)
         group = int(np.searchsorted(starts, row["row"], "right")) - 1
         table = read_row_group(file, group)
-        inside = row["row"] - starts[group]
-        content = {side: table[f"jpg_{side}"][inside].as_py() for side in sides}
-    except (pa.ArrowException, OSError, LookupError) as error:
-        raise InputError(
-            f"{file} row {row['row']}: cannot be read ({type(error).__name__})"
-        ) from None
+        content = {side: table[f"jpg_{side}"][row["row"] - starts[group]].as_py() for side in sides}
+    except (pa.ArrowException, OSError, LookupError) as e:
+        raise InputError(f"{file} row {row['row']}: cannot be read ({type(e).__name__})") from None
     name = f"{row['file']} row {row['row']}"
     return [open_image(content[side] or b"", f"{name} jpg_{side}") for side in sides]
 
@@ -195,12 +167,10 @@ def read_images(data, row, sides=(0, 1)):
 def open_image(source, name):
     """An image from a path or from bytes, any mode and orientation -> RGB PIL image, transparency
     over white. Raises InputError naming it if it is missing, broken, cut short or too large."""
-    if isinstance(source, bytes):
-        source = io.BytesIO(source)
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = ImageOps.exif_transpose(Image.open(source, formats=IMAGE_FORMATS))
+        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
+            image = ImageOps.exif_transpose(Image.open(file, formats=IMAGE_FORMATS))
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -213,15 +183,12 @@ def open_image(source, name):
 def fit_pixels(images, side, resample):
     """PIL images, short side resized and centre cropped -> (B, 3, side, side) uint8."""
     fitted = [ImageOps.fit(image.convert("RGB"), (side, side), resample) for image in images]
-    pixels = torch.from_numpy(np.stack(fitted))
-    return einops.rearrange(pixels, "b h w c -> b c h w").contiguous()
+    return torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2).contiguous()
 
 
-# ------------------------------------------------------------------- four-shot groups
 def few_shot_groups(rows, most, shots=4):
     """A user's conditioning rows -> up to `most` disjoint groups of `shots`, in an order that only
-    hashes decide, at least one row left over where there are more; fewer rows than `shots`:
-    none."""
+    hashes decide, one row or more left over where there are more than `shots`, none of fewer."""
     if len(rows) < shots:
         return []
     rows = sorted(rows, key=lambda row: hash_fraction("order", row["ranking_id"]))
@@ -234,9 +201,7 @@ def load_shots(data, rows):
     shots = []
     for row in rows:
         images = read_images(data, row)
-        if row["label_0"] != 1:
-            images.reverse()
-        shots.append((row["caption"], *images))
+        shots.append((row["caption"], *(images if row["label_0"] == 1 else images[::-1])))
     return shots
 
 
@@ -244,57 +209,42 @@ def load_shots(data, rows):
 def write_user(folder, user, **fields):
     """<folder>/<user>.pt, atomically; plain values and tensors only. See load_user."""
     record = dict(user=user, shots=[], profile=None, split="train", vlm=None, layer=None, version=1)
-    path = Path(folder) / f"{user}.pt"
-    write_atomically(path, lambda temporary: torch.save(record | fields, temporary))
+    write_atomically(Path(folder) / f"{user}.pt", lambda path: torch.save(record | fields, path))
 
 
 def load_user(path):
     """A user's file, written by embed.py: dict with `user` (id), `embedding` (G, S, D) float32 (G
     four-shot groups, S stored VLM states), `shots`, `profile`, `split`, `vlm`, `layer`, `version`.
-
     Only tensors and plain values are read: a pickle that would run code is refused unrun. Raises
-    InputError naming the file.
-    """
+    InputError naming the file."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such user file; embed.py writes them")
     try:
         user = torch_load_safe(path)
-    except Exception as error:  # torch raises many kinds: unpickling, zip, end of file
-        raise InputError(
-            f"{path}: refused, not a plain user file ({type(error).__name__})"
-        ) from None
-    embedding = user.get("embedding") if isinstance(user, dict) else None
-    usable = (
-        torch.is_tensor(embedding)
-        and embedding.ndim == 3
-        and embedding.dtype == torch.float32
-        and embedding.is_contiguous()  # an expanded one is larger than its file
-        and embedding.numel() > 0
-        and bool(embedding.isfinite().all())
-    )
-    if not usable:
-        raise InputError(
-            f"{path}: expected a dict whose 'embedding' is a finite float32 tensor "
-            "(groups, states, dim)"
-        )
+    except Exception as e:  # torch raises many kinds: unpickling, zip, end of file
+        raise InputError(f"{path}: refused, not a plain user file ({type(e).__name__})") from None
+    u = user.get("embedding") if isinstance(user, dict) else None
+    usable = torch.is_tensor(u) and u.dtype == torch.float32 and u.ndim == 3 and u.numel() > 0
+    if not usable or not u.is_contiguous() or not u.isfinite().all():  # expanded: beyond its file
+        expected = "a dict whose 'embedding' is a finite float32 tensor (groups, states, dim)"
+        raise InputError(f"{path}: expected {expected}")
     return user
 
 
 def embedding_source(user):
     """Who read a user, and how: [VLM's folder name, layer, whether after a written profile]. An
     adapter understands no other source's embeddings, though they may be as wide."""
-    vlm = Path(str(user.get("vlm") or "")).name
-    layer = "-1" if user.get("layer") == "all" else user.get("layer")
-    return [vlm, layer, bool(user.get("profile"))]
+    vlm, layer = (None if user.get(k) is None else str(user[k]) for k in ("vlm", "layer"))
+    layer = "-1" if layer == "all" else layer
+    return [Path(vlm or "").name, layer, user.get("profile") is not None]
 
 
 def write_pairs(folder, rows, settings):
     """<folder>/pairs.parquet, atomically; `settings` go into its metadata."""
     names = [name for name in (*PAIR_COLUMNS, *OPTIONAL_COLUMNS) if name in rows[0]]
-    table = pa.table({name: [row.get(name) for row in rows] for name in names})
-    table = table.replace_schema_metadata({"ppd": json.dumps(settings)})
-    path = Path(folder) / "pairs.parquet"
-    write_atomically(path, lambda temporary: pq.write_table(table, temporary))
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    table = pa.table(columns, metadata={"ppd": json.dumps(settings)})
+    write_atomically(Path(folder) / "pairs.parquet", lambda path: pq.write_table(table, path))
 
 
 def read_pairs(folder):
@@ -309,28 +259,23 @@ def read_pairs(folder):
         assert isinstance(settings["data"], str)
     except (pa.ArrowException, OSError, TypeError, LookupError, ValueError, AssertionError) as e:
         raise InputError(f"{path}: not a pairs file of embed.py ({type(e).__name__})") from None
-    optional = {name: table[name] for name in OPTIONAL_COLUMNS if name in table.column_names}
-    table = cast_columns(table, PAIR_COLUMNS, path)
+    optional = {name: table[name].type for name in OPTIONAL_COLUMNS if name in table.column_names}
+    table = cast_columns(table, PAIR_COLUMNS | optional, path)
     for name in PAIR_COLUMNS:
         if table[name].null_count:
             raise InputError(f"{path}: column {name!r} has an empty cell")
-    for name, column in optional.items():
-        table = table.append_column(name, column)
     for name in table["user"].unique().to_pylist():  # they become file names
         if not re.fullmatch(r"[\w-][\w.-]*", name):
-            raise InputError(
-                f"{path}: user {name!r}; expected a name of letters, digits, '.', '_' and '-'"
-            )
+            raise InputError(f"{path}: user {name!r}; expected letters, digits, '.', '_' and '-'")
     for file in table["file"].unique().to_pylist():
         if Path(file).is_absolute() or ".." in Path(file).parts:
             raise InputError(f"{path}: file {file!r}; expected one inside the data folder")
     rows = table.to_pylist()
     for row in rows:
-        if row["preferred"] not in (0, 1) or min(row["row"], *row["groups"], 0) < 0:
-            raise InputError(
-                f"{path}: pair {row['ranking_id']}: expected preferred 0 or 1, and no negative row "
-                "or group"
-            )
+        numbers = (row["row"], *row["groups"])
+        if row["preferred"] not in (0, 1) or None in numbers or min(numbers) < 0:
+            expected = "expected preferred 0 or 1, and no negative row or group"
+            raise InputError(f"{path}: pair {row['ranking_id']}: {expected}")
     return rows, settings
 
 
@@ -338,49 +283,37 @@ def load_training_data(folder, only=None):
     """What train.py takes of a users folder.
 
     only: names of users, or None for all
-    Returns dict(train=rows, validation=rows), {user: embeddings (groups, D) float32, the last
-    stored state}, their embedding_source, and embed.py's settings plus a digest of it all as
-    `content`.
+    Returns dict(train=rows, validation=rows), {user: the last stored state (groups, D) float32},
+    their embedding_source, and embed.py's settings plus a digest of it all as `content`.
     """
     everything, settings = read_pairs(folder)
-    known = {row["user"] for row in everything if row["split"] == "train"}
-    unknown = sorted(set(only or ()) - known)
-    if unknown:
-        raise InputError(f"--only {unknown[0]}: no such training user in {folder}")
     wanted = [row for row in everything if not only or row["user"] in only]
-    rows = {
-        split: [row for row in wanted if row["split"] == split] for split in ("train", "validation")
-    }
+    rows = {split: [row for row in wanted if row["split"] == split] for split in SPLITS[:2]}
+    unknown = set(only or ()) - {row["user"] for row in rows["train"]}
+    if unknown:
+        raise InputError(f"--only {min(unknown)}: no such training user in {folder}")
     if not rows["train"]:
         raise InputError(f"--users {folder}: pairs.parquet has no pair to train on")
-
     used = rows["train"] + rows["validation"]
-    users = {
-        name: load_user(Path(folder) / f"{name}.pt") for name in sorted({r["user"] for r in used})
-    }
+    names = sorted({row["user"] for row in used})
+    users = {name: load_user(Path(folder) / f"{name}.pt") for name in names}
     sources = {(u["embedding"].shape[-1], *embedding_source(u)) for u in users.values()}
     if len(sources) > 1:
         first, second = sorted(sources, key=str)[:2]
-        raise InputError(
-            f"--users {folder}: users of different widths or readers: {first} and {second}; "
-            "expected one"
-        )
-    for row in used:
-        count = len(users[row["user"]]["embedding"])
-        if not row["groups"] or max(row["groups"]) >= count:
-            raise InputError(
-                f"--users {folder}: pairs.parquet wants groups {row['groups']} of "
-                f"{row['user']}.pt, which has {count}"
-            )
+        raise InputError(f"--users {folder}: users of different readers: {first} and {second}")
     embeddings = {name: user["embedding"][:, -1] for name, user in users.items()}
+    for row in used:
+        count = len(embeddings[row["user"]])
+        if not row["groups"] or max(row["groups"]) >= count:
+            wanted = f"groups {row['groups']} of {row['user']}.pt, which has {count}"
+            raise InputError(f"--users {folder}: pairs.parquet wants {wanted}")
 
-    content = hashlib.sha256()
-    for row in rows["train"]:
-        identity = [row[key] for key in ("ranking_id", "user", "preferred", "groups")]
-        content.update(repr(identity).encode())
+    keys = ("ranking_id", "user", "preferred", "groups")
+    identities = [repr([row[key] for key in keys]) for row in rows["train"]]
+    content = hashlib.sha256("".join(identities).encode())
     for embedding in embeddings.values():
         content.update(embedding.numpy().tobytes())
-    settings = settings | dict(content=content.hexdigest()[:16])
+    settings |= dict(content=content.hexdigest()[:16])
     return rows, embeddings, list(sources.pop()[1:]), settings
 
 
@@ -395,18 +328,16 @@ class ImagePairs:
         self.codec_fit = (codec.image_size, codec.resample)
         for file in sorted({row["file"] for row in rows}):
             if not (self.data / file).is_file():
-                raise InputError(
-                    f"--data {data}: no file {file} there; give the folder that embed.py read"
-                )
+                raise InputError(f"--data {data}: no {file} there; give the folder embed.py read")
 
     def __call__(self, row):
         images = read_images(self.data, row, (row["preferred"], 1 - row["preferred"]))
         return fit_pixels(images, *self.codec_fit)
 
 
-class SingleImages(torch.utils.data.Dataset):
-    """Images to encode, fitted to the codec: (3, S, S) uint8, or None where one is broken, which is
-    named. sources: [(row, side), ...]."""
+class SingleImages(Dataset):
+    """The images of [(row, side), ...], to encode: (3, S, S) uint8, or None for a broken one, which
+    is named."""
 
     def __init__(self, sources, data, codec):
         self.sources = sources
@@ -432,10 +363,9 @@ def image_key(row, side):
 class CachedLatents:
     """Latents of a data set's images, encoded once: what ImagePairs gives as (2, C, h, w) latents.
 
-    A folder beside the data (or --latents) holds index.json, the images' ids in the order of their
-    rows in the data, and for every codec, latent size and dtype two memory-mapped arrays:
-    <name>.npy, (images, C, h, w), and <name>.done.npy, 1 where an image is encoded. All users
-    folders of the data share them. numpy has no bfloat16, which is kept as uint16.
+    A folder beside the data (or --latents), for all its users folders: index.json, the images' ids
+    in the order of the data's rows, and for every codec, size and dtype two memory-mapped arrays,
+    <name>.npy, (images, C, h, w), bfloat16 as uint16, and <name>.done.npy, 1 where one is encoded.
     """
 
     kind = "cached latents"
@@ -445,68 +375,53 @@ class CachedLatents:
         self.shape = tuple(codec.latent_shape)
         self.dtype = dtype
         size = "x".join(str(n) for n in self.shape)
-        self.name = f"{codec.digest()}-{size}-{str(dtype).removeprefix('torch.')}"
-        self.index = {}
+        name = f"{codec.digest()}-{size}-{str(dtype).removeprefix('torch.')}"
+        self.latents_path = self.folder / f"{name}.npy"
+        self.done_path = self.folder / f"{name}.done.npy"
 
     def create(self, rows):
         """Make the files for the images of these rows (all of the data's), unless they are there.
         Raises InputError if the folder belongs to other data."""
-        ids = dict.fromkeys(image_key(row, side) for row in rows for side in (0, 1))
+        ids = list(dict.fromkeys(image_key(row, side) for row in rows for side in (0, 1)))
         index = self.folder / "index.json"
         if not index.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            content = json.dumps(dict(images=list(ids)))
-            write_atomically(index, lambda path: path.write_text(content, encoding="utf-8"))
-        elif read_json(index).get("images") != list(ids):
-            raise InputError(
-                f"{index}: latents of other data; move the folder away or give another --latents"
-            )
-        if not self.path("done").exists():
+            write_atomically(index, lambda path: path.write_text(json.dumps(dict(images=ids))))
+        elif read_json(index).get("images") != ids:
+            raise InputError(f"{index}: latents of other data; give another --latents")
+        if not self.done_path.exists():
             kind = np.uint16 if self.dtype == torch.bfloat16 else np.float32
-            for part, shape, dtype in (
-                ("latents", (len(ids), *self.shape), kind),
-                ("done", (len(ids),), np.uint8),
-            ):
-                np.lib.format.open_memmap(self.path(part), "w+", dtype, shape).flush()
-
-    def path(self, part):
-        return self.folder / f"{self.name}{'.done' if part == 'done' else ''}.npy"
+            shape = (len(ids), *self.shape)
+            np.lib.format.open_memmap(self.latents_path, "w+", kind, shape).flush()
+            np.lib.format.open_memmap(self.done_path, "w+", np.uint8, shape[:1]).flush()
 
     def open(self):
         """Read the index; returns self. Raises InputError if a file is missing or broken."""
-        if not self.path("done").exists():
+        if not self.done_path.exists():
             raise InputError(
-                f"{self.folder}: no latents {self.name} there; run embed.py --cache-latents with "
-                "the same --base, --dtype and --grid, or move the folder away to train on images"
+                f"{self.latents_path} is not there; run embed.py --cache-latents with the same "
+                "--base, --dtype and --grid, or move the folder away to train on images"
             )
-        images = read_json(self.folder / "index.json").get("images", [])
-        self.index = {image: i for i, image in enumerate(images)}
-        for part, shape in (("latents", (len(images), *self.shape)), ("done", (len(images),))):
-            if open_array(self.path(part)).shape != shape:
-                raise InputError(
-                    f"{self.path(part)}: not an array of {shape}; delete it and its .done.npy and "
-                    "run embed.py --cache-latents again"
-                )
+        index = self.folder / "index.json"
+        images = read_json(index).get("images")
+        if not isinstance(images, list):
+            raise InputError(f"{index}: no list of images; move the folder away")
+        self.index = {str(image): i for i, image in enumerate(images)}
+        shape = (len(images), *self.shape)
+        for path, expected in ((self.latents_path, shape), (self.done_path, shape[:1])):
+            if open_array(path).shape != expected:
+                raise InputError(f"{path}: not an array of {expected}; {CACHE_AGAIN}")
         return self
-
-    def require(self, rows):
-        """InputError unless both images of every row are encoded."""
-        missing = len(self.missing(rows))
-        if missing:
-            raise InputError(
-                f"{self.path('latents')}: {missing} images are not encoded yet; run embed.py "
-                "--cache-latents again, it goes on where it stopped"
-            )
 
     def missing(self, rows):
         """{image: (row, side)} of the images of these rows that are not encoded yet."""
-        done = open_array(self.path("done"))
+        done = open_array(self.done_path)
         missing = {}
         for row in rows:
             for side in (0, 1):
                 key = image_key(row, side)
                 if key not in self.index:
-                    raise InputError(f"{self.folder}: image {key} is not in its index: other data")
+                    raise InputError(f"{self.folder}: latents of other data, without image {key}")
                 if not done[self.index[key]]:
                     missing.setdefault(key, (row, side))
         return missing
@@ -514,38 +429,30 @@ class CachedLatents:
     def write(self, keys, latents):
         """Latents (n, C, h, w) of these images; each is done only once it is on the disk."""
         positions = [self.index[key] for key in keys]
-        array = open_array(self.path("latents"), "r+")
-        latents = latents.cpu().contiguous()
-        if self.dtype == torch.bfloat16:
-            latents = latents.view(torch.uint16)
-        array[positions] = latents.numpy()
-        array.flush()
-        done = open_array(self.path("done"), "r+")
-        done[positions] = 1
-        done.flush()
+        kind = torch.uint16 if self.dtype == torch.bfloat16 else torch.float32
+        latents = latents.cpu().contiguous().view(kind)
+        for path, values in ((self.latents_path, latents.numpy()), (self.done_path, 1)):
+            array = open_array(path, "r+")
+            array[positions] = values
+            array.flush()
 
     def __call__(self, row):
-        array = open_array(self.path("latents"))
         sides = (row["preferred"], 1 - row["preferred"])
-        pair = torch.from_numpy(array[[self.index[image_key(row, side)] for side in sides]])
-        pair = pair.view(self.dtype) if self.dtype == torch.bfloat16 else pair
-        if not pair.isfinite().all():
-            raise InputError(
-                f"{row['file']} row {row['row']}: an image of it was broken when latents were "
-                f"cached"
-            )
-        return pair
+        positions = [self.index[image_key(row, side)] for side in sides]
+        latents = torch.from_numpy(open_array(self.latents_path)[positions]).view(self.dtype)
+        if not latents.isfinite().all():
+            problem = "an image of it was broken when latents were cached"
+            raise InputError(f"{row['file']} row {row['row']}: {problem}")
+        return latents
 
 
-@lru_cache(None)  # opened once in each process, after a fork too
+@lru_cache(None)  # opened once in each process
 def open_array(path, mode="r"):
     try:
         return np.lib.format.open_memmap(path, mode)
     except (ValueError, OSError, EOFError) as error:
-        raise InputError(
-            f"{path}: not an array of latents ({first_line(error, 60)}); delete it and its "
-            ".done.npy and run embed.py --cache-latents again"
-        ) from None
+        problem = f"no array of latents ({first_line(error, 60)}); {CACHE_AGAIN}"
+        raise InputError(f"{path}: {problem}") from None
 
 
 def open_images(data, latents, rows, codec, dtype):
@@ -554,7 +461,10 @@ def open_images(data, latents, rows, codec, dtype):
     if not latents and not folder.is_dir():
         return ImagePairs(data, codec, rows)
     cached = CachedLatents(folder, codec, dtype).open()
-    cached.require(rows)
+    n_missing = len(cached.missing(rows))
+    if n_missing:
+        problem = f"{n_missing} images are not encoded yet; run embed.py --cache-latents again"
+        raise InputError(f"{cached.latents_path}: {problem}")
     return cached
 
 
@@ -564,27 +474,19 @@ def epoch_order(seed, epoch, n):
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-class PreferencePairs(torch.utils.data.Dataset):
+@dataclass(eq=False)
+class PreferencePairs(Dataset):
     """The pair at an index of the endless training sequence, epoch after epoch, each in an order of
     its own. Everything random about it comes from (seed, index) alone: the same on 1 GPU or 64,
-    however accumulated, and after a resume.
+    however accumulated, and after a resume."""
 
-    rows: pairs to draw from; embeddings: {user: (groups, D)}
-    load_images: ImagePairs or CachedLatents
-    latent_shape: (C, h, w), of the noise; separate_noise: one noise an image, as Eq. 6 writes it,
-        instead of one a pair; t_min: timesteps are uniform in [t_min, 1]
-    """
-
-    def __init__(
-        self, rows, embeddings, load_images, latent_shape, seed, separate_noise=False, t_min=0.0
-    ):
-        self.rows = rows
-        self.embeddings = embeddings
-        self.load_images = load_images
-        self.latent_shape = latent_shape
-        self.seed = seed
-        self.separate_noise = separate_noise
-        self.t_min = t_min
+    rows: list  # pairs to draw from
+    embeddings: dict  # {user: (groups, D)}
+    load_images: ImagePairs | CachedLatents
+    latent_shape: tuple  # (C, h, w), of the noise
+    seed: int
+    separate_noise: bool = False  # one noise an image, as Eq. 6 writes it, instead of one a pair
+    t_min: float = 0.0  # timesteps are uniform in [t_min, 1]
 
     def __getitem__(self, index):
         """One training example, a dict:
@@ -600,22 +502,16 @@ class PreferencePairs(torch.utils.data.Dataset):
         g = torch.Generator().manual_seed(int(key) >> 1)
         u_time, u_drop, u_group = torch.rand(3, generator=g, dtype=torch.float64).tolist()
         noise = torch.randn(2, *self.latent_shape, generator=g)
-        if not self.separate_noise:
-            noise = noise[:1].expand_as(noise)
+        noise = noise if self.separate_noise else noise[:1].expand_as(noise)
         row, images = self.load(index)
         group = row["groups"][int(u_group * len(row["groups"]))]
-        return dict(
-            caption=row["caption"],
-            images=images,
-            noise=noise,
-            t=self.t_min + (1 - self.t_min) * u_time,
-            user=self.embeddings[row["user"]][group],
-            u_drop=u_drop,
-        )
+        user = self.embeddings[row["user"]][group]
+        t = self.t_min + (1 - self.t_min) * u_time
+        caption = row["caption"]
+        return dict(caption=caption, images=images, noise=noise, t=t, user=user, u_drop=u_drop)
 
     def load(self, index):
-        """The pair at an index and its images; a broken one is named and the next takes its
-        place."""
+        """The pair at an index, and its images; for a broken one, which is named, the next one."""
         epoch, position = divmod(index, len(self.rows))
         order = epoch_order(self.seed, epoch, len(self.rows))
         for skipped in range(100):
@@ -636,21 +532,13 @@ def collate(pairs, tokenize):
     noise: (2B, C, h, w) float32, in that order
     t: (B,), user: (B, D) float32, u_drop: (B,), as in PreferencePairs
     """
-
-    def column(key):
-        return [pair[key] for pair in pairs]
-
-    def preferred_first(key):  # B times (2, ...) -> (2B, ...)
-        return torch.stack(column(key), dim=1).flatten(0, 1)
-
-    return dict(
-        tokens=tokenize(column("caption")),
-        images=preferred_first("images"),
-        noise=preferred_first("noise"),
-        t=torch.tensor(column("t")),
-        user=torch.stack(column("user")),
-        u_drop=torch.tensor(column("u_drop")),
-    )
+    columns = {key: [pair[key] for pair in pairs] for key in pairs[0]}
+    batch = dict(tokens=tokenize(columns["caption"]), user=torch.stack(columns["user"]))
+    for key in ("images", "noise"):  # B times (2, ...) -> (2B, ...)
+        batch[key] = torch.stack(columns[key], dim=1).flatten(0, 1)
+    for key in ("t", "u_drop"):
+        batch[key] = torch.tensor(columns[key])
+    return batch
 
 
 def ignore_signals(worker):
@@ -664,14 +552,8 @@ def loading(dataset, **loader_settings):
     """An iterator over a DataLoader's batches; its workers end with the block, whatever happens in
     it. They ignore signals, so an interpreter that found them alive would wait for ever."""
 
-    def batches():
-        loader = torch.utils.data.DataLoader(
-            dataset, worker_init_fn=ignore_signals, **loader_settings
-        )
-        yield from loader
+    def batches():  # closed, it drops the loader's own iterator, which then ends its workers
+        yield from DataLoader(dataset, worker_init_fn=ignore_signals, **loader_settings)
 
-    iterator = batches()
-    try:
+    with contextlib.closing(batches()) as iterator:
         yield iterator
-    finally:
-        iterator.close()  # drops the loader's own iterator, which then ends its workers

@@ -1,9 +1,9 @@
 """Stage 1 of PPD: users' choices in, one file a user out (paper Sec. 4.2, 5.1, 5.2).
 
-    python embed.py                                                    # a VLM reads four choices
-    python embed.py --one-hot light warm large --users users-onehot    # Sec. 5.1: a reward is a
-    user python embed.py --pairs me.jsonl --out me.pt                       # your own choices
-    python embed.py --cache-latents --users users                      # encode the images once
+    python embed.py                                                  # a VLM reads four choices
+    python embed.py --one-hot light warm large --users users-onehot  # Sec. 5.1: a reward is a user
+    python embed.py --pairs me.jsonl --out me.pt                     # your own choices
+    python embed.py --cache-latents --users users                    # encode the images once
 
 It writes <users>/<id>.pt, one a user, and <users>/pairs.parquet, one row a kept pair, without image
 bytes: those train.py reads from the same --data. me.jsonl has at least four lines like
@@ -11,7 +11,6 @@ bytes: those train.py reads from the same --data. me.jsonl has at least four lin
 drawn into data/tiny on first use.
 """
 
-import argparse
 import datetime
 import json
 import re
@@ -23,71 +22,41 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+import data
+import utils
 from bases import encode_pixels, load_codec
-from data import (
-    CachedLatents,
-    ImagePairs,
-    SingleImages,
-    few_shot_groups,
-    image_ids,
-    load_shots,
-    load_user,
-    loading,
-    open_image,
-    print_splits,
-    read_pairs,
-    read_rows,
-    split_rows,
-    write_pairs,
-    write_user,
-)
 from rewards import REWARDS, make_synthetic_users
 from tiny import world
-from utils import (
-    TINY,
-    InputError,
-    flag,
-    headline,
-    is_hub_id,
-    load_frozen,
-    pick_device,
-    pick_dtype,
-    rank_and_world,
-    run_script,
-)
+from utils import InputError
 
 NO_DATA = "Pick-a-Pic's original is gone from the hub: give your own copy's parquet folder"
+CHOICE = '{"caption": "...", "preferred": "image file", "dispreferred": "image file"}'
+SHARES = ("validation_captions", "test_captions", "unseen_users")
 # what pairs.parquet remembers of the flags, for a second run to compare
-SETTINGS = ("data", "vlm", "layer", "profile", "shots", "groups", "one_hot")
-SETTINGS += ("validation_captions", "test_captions", "unseen_users")
+SETTINGS = ("data", "vlm", "layer", "profile", "shots", "groups", "one_hot", *SHARES)
+ONE_HOT = " ".join((*REWARDS, *world.WORDS, "own"))  # what --one-hot takes
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="embed.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = utils.make_parser("embed.py", __doc__)
     add = parser.add_argument
     add("--data", help="parquet folder in Pick-a-Pic v2's columns, or a dataset id")
     add("--users", help="folder to write (default: users; with --one-hot users-onehot)")
     add("--pairs", metavar="JSONL", help="your own choices; image paths relative to the file")
     add("--out", help="with --pairs: the user file to write, e.g. me.pt")
     add("--vlm", default="tiny", help="'tiny', a LLaVA-OneVision id, or a folder in its layout")
-    add(
-        "--layer", default="-1", help="whose last state to take: 0 the input's, -1 the last, or all"
-    )
+    add("--layer", default="-1", help="whose last state: 0 the input's, -1 the last's; or all")
     add("--profile", action="store_true", help="the VLM writes the user's profile first")
     add("--shots", type=int, default=4, help="choices in a group (default: %(default)s)")
     add("--groups", type=int, default=4, help="most groups a user (default: %(default)s)")
     add("--batch", type=int, help="groups the VLM reads, or images to encode, at once")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    rewards = " ".join((*REWARDS, *world.WORDS, "own"))
-    add("--one-hot", nargs="+", metavar="REWARD", default=[], help=f"synthetic users; {rewards}")
+    add("--one-hot", nargs="+", metavar="REWARD", default=[], help=f"synthetic users; {ONE_HOT}")
     add("--validation-captions", type=float, default=0.1, help="share, by hash (%(default)s)")
     add("--test-captions", type=float, default=0.2, help="share, by hash (%(default)s)")
     add("--unseen-users", type=float, default=0.25, help="share, by hash (%(default)s)")
     add("--cache-latents", action="store_true", help="encode the images of --users for train.py")
-    latents = parser.add_argument_group("with --cache-latents, as for train.py")
-    add = latents.add_argument
+    add = parser.add_argument_group("with --cache-latents, as for train.py").add_argument
     add("--latents", help="folder of the latents (default: latents, beside the data)")
     add("--base", default="tiny", help="(default: %(default)s)")
     add("--decoder", help="(default: stabilityai/stable-cascade)")
@@ -116,25 +85,21 @@ def check_args(args, error):
             error(f"--{name} {getattr(args, name)}: expected {least} or more")
     if len(set(args.one_hot)) < len(args.one_hot):
         error("--one-hot: a reward is named twice")
-    known = (*REWARDS, *world.WORDS, "own")
     for name in args.one_hot:
-        if name not in known:
-            error(f"--one-hot {name}: no such reward; choose from {' '.join(known)}")
-    for name in ("validation_captions", "test_captions", "unseen_users"):
+        if name not in ONE_HOT.split():
+            error(f"--one-hot {name}: no such reward; choose from {ONE_HOT}")
+    for name in SHARES:
         if not 0 <= getattr(args, name) < 1:
-            error(f"{flag(name)} {getattr(args, name)}: expected a share in [0, 1)")
+            error(f"{utils.flag(name)} {getattr(args, name)}: expected a share in [0, 1)")
     if args.validation_captions + args.test_captions >= 1:
         error("--validation-captions and --test-captions leave no caption to train on")
 
 
 # ------------------------------------------------------- what the VLM is asked (Sec. 4.2)
-# LLaVA-OneVision's chat format (Qwen2's),
-# https://huggingface.co/llava-hf/llava-onevision-qwen2-7b-ov-hf
+# the chat format of https://huggingface.co/llava-hf/llava-onevision-qwen2-7b-ov-hf, Qwen2's
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-INTRO = (
-    "A person was shown pairs of pictures, each pair drawn for one caption, and chose from each "
-    "the one they preferred."
-)
+INTRO = "A person was shown pairs of pictures, each pair drawn for one caption, and chose from "
+INTRO += "each the one they preferred."
 PAIR = "\n\nPair {}. Caption: "
 PREFERRED = "\nPreferred: "
 DISPREFERRED = "\nDispreferred: "
@@ -151,9 +116,8 @@ ASSISTANT_TURN = "<|im_end|>\n<|im_start|>assistant\n"
 
 
 def build_vlm_prompt(captions, question, caption=None):
-    """Chat text with one <image> an image, each beside its own label and caption; two images a
-    caption, preferred first. question: a key of QUESTIONS; "judge" asks about two more images of
-    `caption`."""
+    """Chat text with one <image> an image, each beside its own label; two images a caption,
+    preferred first. question: a key of QUESTIONS; "judge": about two more images of `caption`."""
     text = SYSTEM + INTRO
     for i, shot_caption in enumerate(captions, 1):
         text += PAIR.format(i) + strip_markup(shot_caption)
@@ -172,51 +136,39 @@ def strip_markup(caption):
 # -------------------------------------------------------------------- the VLM (Sec. 4.2)
 def load_vlm(name, device):
     """LLaVA-OneVision, frozen: (model, tokenizer, image processor). name: "tiny", a hub id or a
-    folder in its layout."""
+    folder in its layout. Raises InputError if it cannot be loaded."""
     import transformers
-    from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
-        LlavaOnevisionImageProcessorPil,
-    )
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    if name == "tiny":
-        folder = TINY / "vlm"
-    else:
-        folder = name if is_hub_id(name) else Path(name)
-    if isinstance(folder, Path) and not (folder / "config.json").is_file():
-        raise InputError(
-            f"--vlm {name}: no {folder / 'config.json'}; expected 'tiny', a hub id or a folder in "
-            "its layout"
-        )
-    dtype = pick_dtype("auto", device)
+    folder = utils.TINY / "vlm" if name == "tiny" else Path(name)
+    if utils.is_hub_id(name):
+        folder = name
+    elif not (folder / "config.json").is_file():
+        expected = "expected 'tiny', a hub id or a folder in its layout"
+        raise InputError(f"--vlm {name}: no {folder / 'config.json'}; {expected}")
+    cls = transformers.LlavaOnevisionForConditionalGeneration
     try:
-        model = load_frozen(
-            transformers.LlavaOnevisionForConditionalGeneration, folder, device, dtype=dtype
-        )
+        model = utils.load_frozen(cls, folder, device, dtype=utils.pick_dtype("auto", device))
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
-        return model, tokenizer, LlavaOnevisionImageProcessorPil.from_pretrained(folder)
+        processor = transformers.LlavaOnevisionImageProcessorPil.from_pretrained(folder)
+        return model, tokenizer, processor
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"--vlm {name}: cannot load {folder}: {headline(error)}") from None
+        raise InputError(f"--vlm {name}: cannot load {folder}: {utils.first_line(error)}") from None
 
 
 def vlm_inputs(vlm, prompts, images):
-    """Texts with one <image> an image, and lists of PIL images, one list a text -> the model's
-    inputs, left-padded. Nested lists are the multi-image path: each image is one tile, whose
-    patches end in one line-break token."""
+    """Texts with one <image> an image, and a list of PIL images a text -> the model's inputs,
+    left-padded. Each image is one tile, whose patches end in one line-break token."""
     model, tokenizer, processor = vlm
     vision = model.config.vision_config
     count = (vision.image_size // vision.patch_size) ** 2 + 1
     pixels = processor(images, return_tensors="pt")
+    inputs = {key: torch.as_tensor(pixels[key]) for key in ("image_sizes", "batch_num_images")}
+    inputs["pixel_values"] = pixels["pixel_values"].to(model.device, model.dtype)
     texts = [prompt.replace("<image>", "<image>" * count) for prompt in prompts]
     encoded = tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
-    return dict(
-        input_ids=encoded.input_ids.to(model.device),
-        attention_mask=encoded.attention_mask.to(model.device),
-        pixel_values=pixels["pixel_values"].to(model.device, model.dtype),
-        image_sizes=torch.as_tensor(pixels["image_sizes"]),
-        batch_num_images=torch.as_tensor(pixels["batch_num_images"]),
-    )
+    return inputs | {key: encoded[key].to(model.device) for key in ("input_ids", "attention_mask")}
 
 
 @torch.no_grad()
@@ -226,20 +178,13 @@ def generate_text(vlm, prompts, images, max_new_tokens=512):
     model, tokenizer, _ = vlm
     inputs = vlm_inputs(vlm, prompts, images)
     eos_ids = sorted({tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")})
-    input_ids = model.generate(
-        **inputs,
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=eos_ids,
-    )
+    stop = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=eos_ids)
+    input_ids = model.generate(**inputs, **stop, do_sample=False, max_new_tokens=max_new_tokens)
     answers = input_ids[:, inputs["input_ids"].shape[1] :]
     is_end = torch.isin(answers, torch.tensor(eos_ids, device=input_ids.device))
     answer_mask = (~is_end).long().cumprod(1)  # 1 until the first end
-    texts = [
-        tokenizer.decode(answer[:length], skip_special_tokens=True)
-        for answer, length in zip(answers, answer_mask.sum(1).tolist(), strict=True)
-    ]
+    answers = [answer[mask > 0] for answer, mask in zip(answers, answer_mask, strict=True)]
+    texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
     attention_mask = torch.cat([inputs["attention_mask"], answer_mask], 1)
     return texts, inputs | dict(input_ids=input_ids, attention_mask=attention_mask)
 
@@ -248,10 +193,9 @@ def generate_text(vlm, prompts, images, max_new_tokens=512):
 def embed_users(vlm, groups, layer=-1, profile=False):
     """The user embeddings of four-shot groups, lists of (caption, preferred, dispreferred).
 
-    Returns hidden states of the last position (B, S, D) float32, S = 1, or every layer's with layer
-    "all"; and for each group the profile written before it, or None. The last state after the
-    prompt
-    alone, or after the profile: then it is the one that predicts the profile's end.
+    Returns hidden states of the last position (B, S, D) float32 (S = 1, or every layer's with layer
+    "all"), and each group's written profile, or None. The last position is the prompt's, or the
+    profile's: there the state is the one that predicts the profile's end.
     """
     question = "profile" if profile else "taste"
     prompts = [build_vlm_prompt([caption for caption, _, _ in group], question) for group in groups]
@@ -260,18 +204,15 @@ def embed_users(vlm, groups, layer=-1, profile=False):
         texts, inputs = generate_text(vlm, prompts, images)
     else:
         texts, inputs = [None] * len(groups), vlm_inputs(vlm, prompts, images)
-
     model = vlm[0].model
     if layer == -1:  # all layers' states of a 7B model's 6,500 positions would take 1.3 GB a group
         states = [model(**inputs, use_cache=False).last_hidden_state]
     else:
         states = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
         if layer != "all":
-            if not -len(states) <= layer < len(states):
-                raise InputError(
-                    f"--layer {layer}: this VLM has states {-len(states)} to {len(states) - 1}, "
-                    "or all"
-                )
+            n = len(states)
+            if not -n <= layer < n:
+                raise InputError(f"--layer {layer}: this VLM has states {-n} to {n - 1}, or all")
             states = [states[layer]]
     mask = inputs["attention_mask"]
     last = mask.shape[1] - 1 - mask.flip(1).argmax(1)  # (B,) position of the last token
@@ -281,33 +222,27 @@ def embed_users(vlm, groups, layer=-1, profile=False):
 
 # ------------------------------------------------------------------------- users to files
 def embed_all_users(args, rows, settings):
-    """Sec. 4.2: every user with enough choices, four, is read by the VLM, one embedding a group.
-    Seen users are read from their train captions only, unseen ones from those that nobody is tested
-    on. Under torchrun each process reads its share; what is written already is skipped."""
-    rank, world_size = rank_and_world()
-    folder = Path(args.users)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Sec. 4.2: the VLM reads every user with four choices or more, one embedding a group; seen
+    users from their train captions only, unseen ones from those that nobody is tested on. Under
+    torchrun each process reads its share; what is written already is skipped."""
+    rank, world_size = utils.rank_and_world()
+    Path(args.users).mkdir(parents=True, exist_ok=True)
     user_rows = {}
     for row in rows:
         user_rows.setdefault(str(row["user_id"]), []).append(row)
     groups = {}
     for user, own_rows in user_rows.items():
         conditioning = [row for row in own_rows if row["split"] in ("train", "shots")]
-        found = few_shot_groups(conditioning, args.groups, args.shots)
-        if found:
-            groups[user] = found
+        if len(conditioning) >= args.shots:
+            groups[user] = data.few_shot_groups(conditioning, args.groups, args.shots)
 
     mine = sorted(groups)[rank::world_size]
     pending = [user for user in mine if not is_written(args, user, groups[user])]
-    vlm = load_vlm(args.vlm, pick_device(args.device)) if pending else None
+    vlm = load_vlm(args.vlm, utils.pick_device(args.device)) if pending else None
     step = max(1, 4 * args.batch // args.groups)
     starts = range(0, len(pending), step)
     for i in tqdm(starts, desc=f"reading users ({rank + 1} of {world_size})", disable=None):
-        chunk = {user: groups[user] for user in pending[i : i + step]}
-        for user, fields in embed_chunk(args, vlm, chunk).items():
-            split = user_rows[user][0]["split"]
-            seen = split in ("train", "validation", "test-seen")
-            write_user(folder, user, split="train" if seen else "unseen", **fields)
+        embed_chunk(args, vlm, {user: groups[user] for user in pending[i : i + step]})
     if world_size > 1:
         dist.barrier()
     if rank == 0:
@@ -319,76 +254,63 @@ def is_written(args, user, groups):
     path = Path(args.users) / f"{user}.pt"
     if not path.exists():
         return False
-    before = load_user(path)
+    before = data.load_user(path)
     known = [[row["ranking_id"] for row in group] for group in groups]
-    same = (
-        (before["profile"] is not None) == args.profile
-        and (before["vlm"], before["layer"]) == (args.vlm, str(args.layer))
-        and all(group in known for group in before["shots"])
-    )
-    if not same:
-        raise InputError(
-            f"{path} was made from other choices or by other flags; choose another --users folder"
-        )
+    reader = (before["vlm"], before["layer"], before["profile"] is not None)
+    same = reader == (args.vlm, str(args.layer), args.profile)
+    if not same or not all(group in known for group in before["shots"]):
+        problem = "was made from other choices or by other flags"
+        raise InputError(f"{path} {problem}; choose another --users folder")
     return True
 
 
 def embed_chunk(args, vlm, groups):
-    """{user: groups of rows} -> {user: fields of their file}; a group with a broken image is named
-    and left out."""
-    owners, ids, shots = [], [], []  # of the groups whose images are all there
+    """{user: groups of rows} -> users' files. A group with a broken image is named and left out."""
+    complete = []  # the other groups
     for user, user_groups in groups.items():
-        for group in user_groups:
+        for rows in user_groups:
             try:
-                shots.append(load_shots(args.data, group))
+                shots = data.load_shots(args.data, rows)
             except InputError as problem:
                 message = f"user {user}: a group of {args.shots} is left out: {problem}"
                 print(message, file=sys.stderr)
-                continue
-            owners.append(user)
-            ids.append([row["ranking_id"] for row in group])
-
-    def prompt_length(k):
-        return sum(len(caption) for caption, _, _ in shots[k])
-
-    states, texts = [None] * len(shots), [None] * len(shots)
-    order = sorted(range(len(shots)), key=prompt_length)  # similar lengths, little padding
-    for j in range(0, len(order), args.batch):
-        batch = order[j : j + args.batch]
-        read = embed_users(vlm, [shots[k] for k in batch], args.layer, args.profile)
-        for k, state, text in zip(batch, *read, strict=True):
-            states[k], texts[k] = state, text
-    fields = {}
-    for user in dict.fromkeys(owners):
-        own = [k for k, owner in enumerate(owners) if owner == user]
-        fields[user] = dict(
-            embedding=torch.stack([states[k] for k in own]),
-            shots=[ids[k] for k in own],
-            profile=[texts[k] for k in own] if args.profile else None,
-            vlm=args.vlm,
-            layer=str(args.layer),
-        )
-    return fields
+            else:
+                complete.append(dict(user=user, rows=rows, shots=shots))
+    by_length = sorted(complete, key=lambda group: sum(len(shot[0]) for shot in group["shots"]))
+    for i in range(0, len(by_length), args.batch):
+        batch = by_length[i : i + args.batch]  # similar lengths, little padding
+        read = embed_users(vlm, [group["shots"] for group in batch], args.layer, args.profile)
+        for group, state, text in zip(batch, *read, strict=True):
+            group.update(state=state, text=text)
+    for user in dict.fromkeys(group["user"] for group in complete):
+        own = [group for group in complete if group["user"] == user]
+        profile = [group["text"] for group in own] if args.profile else None
+        fields = dict(vlm=args.vlm, layer=str(args.layer), profile=profile)
+        fields["embedding"] = torch.stack([group["state"] for group in own])
+        fields["shots"] = [[row["ranking_id"] for row in group["rows"]] for group in own]
+        seen = own[0]["rows"][0]["split"] == "train"
+        data.write_user(args.users, user, split="train" if seen else "unseen", **fields)
 
 
 def pair_users_with_groups(args, user_rows, groups, settings):
-    """Write pairs.parquet: every pair with the groups of its user that may condition it."""
-    pairs, n_overlapping, n_groups_read = [], 0, 0
+    """Write pairs.parquet: each pair with those groups of its user that show none of its images."""
+    pairs = []
+    n_overlapping = n_groups_read = 0
     for user in sorted(groups):
         path = Path(args.users) / f"{user}.pt"
         if not path.exists():
             continue  # every group of theirs had a broken image
-        read = load_user(path)["shots"]
+        read = data.load_user(path)["shots"]
         n_groups_read += len(read)
         complete = [g for g in groups[user] if [row["ranking_id"] for row in g] in read]
+        shown = [set().union(*map(data.image_ids, group)) for group in complete]
         for row in user_rows[user]:
-            if row["split"] != "shots":
-                allowed = allowed_groups(row, complete)
-                if allowed:
-                    pairs.append(row | dict(user=user, groups=allowed))
-                else:
-                    n_overlapping += 1
-    write_pairs(args.users, pairs, settings)
+            allowed = [i for i, images in enumerate(shown) if not images & data.image_ids(row)]
+            if row["split"] != "shots" and allowed:
+                pairs.append(row | dict(user=user, groups=allowed))
+            elif row["split"] != "shots":
+                n_overlapping += 1
+    data.write_pairs(args.users, pairs, settings)
     print(
         f"{len(groups)} users, {n_groups_read} groups read; {len(user_rows) - len(groups)} have "
         f"fewer than {args.shots} choices; {len(pairs)} pairs, {n_overlapping} dropped because "
@@ -396,41 +318,21 @@ def pair_users_with_groups(args, user_rows, groups, settings):
     )
 
 
-def allowed_groups(row, groups):
-    """Which groups may condition a pair: those that share no image with it, so do not contain
-    it."""
-    allowed = []
-    for g, group in enumerate(groups):
-        shown = set().union(*(image_ids(shot) for shot in group))
-        if not image_ids(row) & shown:
-            allowed.append(g)
-    return allowed
-
-
 def embed_custom_user(args):
-    """Your own choices -> one user file. Every --shots lines, four, make a group; a rest is named
-    and left out."""
+    """Your own choices -> one user file. Every --shots lines, four, make a group."""
     shots = read_own_choices(Path(args.pairs))
     if len(shots) < args.shots:
         raise InputError(f"{args.pairs}: {len(shots)} choices; expected at least {args.shots}")
     rest = len(shots) % args.shots
     if rest:
         print(f"the last {rest} of {len(shots)} lines make no group of {args.shots}: not used")
-    starts = range(0, len(shots) - rest, args.shots)
-    groups = [shots[i : i + args.shots] for i in starts]
-    vlm = load_vlm(args.vlm, pick_device(args.device))
+    groups = [shots[i : i + args.shots] for i in range(0, len(shots) - rest, args.shots)]
+    vlm = load_vlm(args.vlm, utils.pick_device(args.device))
     states, texts = embed_users(vlm, groups, args.layer, args.profile)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_user(
-        out.parent,
-        out.stem,
-        embedding=states,
-        profile=texts if args.profile else None,
-        split="own",
-        vlm=args.vlm,
-        layer=str(args.layer),
-    )
+    reader = dict(vlm=args.vlm, layer=str(args.layer), profile=texts if args.profile else None)
+    data.write_user(out.parent, out.stem, embedding=states, split="own", **reader)
     if args.profile:
         print("\n".join(texts))
     print(f"-> {out.parent / out.stem}.pt, {len(groups)} group{'s' if len(groups) > 1 else ''}")
@@ -451,12 +353,9 @@ def read_own_choices(source):
             caption, *paths = (row[key] for key in ("caption", "preferred", "dispreferred"))
             assert all(isinstance(value, str) for value in (caption, *paths))
         except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
-            raise InputError(
-                f'{source} line {number}: expected {{"caption": "...", "preferred": "image file", '
-                '"dispreferred": "image file"}'
-            ) from None
+            raise InputError(f"{source} line {number}: expected {CHOICE}") from None
         name = f"{source} line {number}"
-        images = [open_image(source.parent / path, f"{name}: {path}") for path in paths]
+        images = [data.open_image(source.parent / path, f"{name}: {path}") for path in paths]
         shots.append((caption, *images))
     return shots
 
@@ -464,21 +363,20 @@ def read_own_choices(source):
 # ---------------------------------------------------------------------- cached latents
 @torch.no_grad()
 def cache_latents(args):
-    """Encode every image that a users folder trains and validates on, once: training then reads
-    18 KB an image and no JPEG. What is there is skipped; under torchrun every process writes its
-    share."""
-    rank, world_size = rank_and_world()
-    pairs, settings = read_pairs(args.users)
-    data = Path(args.data or settings["data"])
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)  # the base's
+    """Encode a users folder's training and validation images once: training then reads 18 KB an
+    image and no JPEG. What is there is skipped; under torchrun every process writes its share."""
+    rank, world_size = utils.rank_and_world()
+    pairs, settings = data.read_pairs(args.users)
+    folder = Path(args.data or settings["data"])
+    device = utils.pick_device(args.device)
+    dtype = utils.pick_dtype(args.dtype, device)  # the base's
     codec = load_codec(args.base, device, dtype, args.decoder, args.grid)
     needed = [row for row in pairs if row["split"] in ("train", "validation")]
-    ImagePairs(data, codec, needed)  # InputError if a file is not there
+    data.ImagePairs(folder, codec, needed)  # InputError if a file is not there
 
-    latents = CachedLatents(args.latents or data / "latents", codec, dtype)
+    latents = data.CachedLatents(args.latents or folder / "latents", codec, dtype)
     if rank == 0:
-        latents.create(read_rows(data))
+        latents.create(data.read_rows(folder))
     if world_size > 1:
         dist.barrier()
     missing = latents.open().missing(needed)
@@ -486,10 +384,10 @@ def cache_latents(args):
         dist.barrier()  # all have looked before anybody writes, so that the shares are disjoint
     keys = list(missing)[rank::world_size]
     n_broken = 0
-    images = SingleImages([missing[key] for key in keys], data, codec)
-    settings = dict(batch_size=args.batch, num_workers=args.workers, collate_fn=list)
+    images = data.SingleImages([missing[key] for key in keys], folder, codec)
+    how = dict(batch_size=args.batch, num_workers=args.workers, collate_fn=list)
     progress = tqdm(total=len(keys), desc="encoding images", unit="image", disable=None)
-    with loading(images, **settings) as batches:
+    with data.loading(images, **how) as batches, progress:
         for i, batch in enumerate(batches):
             readable = [k for k, pixels in enumerate(batch) if pixels is not None]
             encoded = torch.full((len(batch), *codec.latent_shape), torch.nan, dtype=dtype)
@@ -499,10 +397,9 @@ def cache_latents(args):
             latents.write(keys[i * args.batch :][: len(batch)], encoded)
             n_broken += len(batch) - len(readable)
             progress.update(len(batch))
-    progress.close()
-    shape, name = codec.latent_shape, str(dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.")
     broken = f", {n_broken} broken" if n_broken else ""
-    print(f"-> {latents.folder}: {len(keys)} more images of {shape} {name}{broken}")
+    print(f"-> {latents.folder}: {len(keys)} more images of {latents.shape} {name}{broken}")
 
 
 # --------------------------------------------------------------------------------- main
@@ -510,9 +407,15 @@ def make_users(args):
     """Rows -> splits -> users; see the module's docstring."""
     args.data = find_data(args.data or "data/tiny")
     settings = {name: getattr(args, name) for name in SETTINGS}
-    if already_made(args.users, settings):
+    if (Path(args.users) / "pairs.parquet").exists():
+        before = data.read_pairs(args.users)[1]
+        changed = [key for key in settings if before.get(key) != settings[key]]
+        if changed:
+            made = f"holds users made with another {utils.flag(changed[0])}"
+            raise InputError(f"--users {args.users} {made}; choose another folder")
+        print(f"{args.users}: already done")
         return
-    rank, _ = rank_and_world()
+    rank, _ = utils.rank_and_world()
     if args.data == "data/tiny" and not Path(args.data).exists() and rank == 0:
         world.write_data(args.data)
     if dist.is_initialized():
@@ -520,9 +423,9 @@ def make_users(args):
     if not Path(args.data).is_dir():
         raise InputError(f"--data {args.data}: no such folder. {NO_DATA}")
     shares = (args.validation_captions, args.test_captions, args.unseen_users)
-    rows, dropped = split_rows(read_rows(args.data), *shares)
+    rows, dropped = data.split_rows(data.read_rows(args.data), *shares)
     if rank == 0:
-        print_splits(rows, dropped)
+        data.print_splits(rows, dropped)
     if not any(row["split"] == "train" for row in rows):
         raise InputError(f"--data {args.data}: no pair is left to train on")
     if args.one_hot:
@@ -533,52 +436,33 @@ def make_users(args):
         print(f"-> {args.users}/*.pt and {args.users}/pairs.parquet")
 
 
-def find_data(data):
+def find_data(name):
     """--data as a folder's name; a dataset id is taken from the hub's cache or downloaded."""
-    if not is_hub_id(data) or data == "data/tiny":
-        return data
+    if not utils.is_hub_id(name) or name == "data/tiny":
+        return name
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(data, repo_type="dataset", allow_patterns=["*.parquet"])
+        return snapshot_download(name, repo_type="dataset", allow_patterns=["*.parquet"])
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"--data {data}: no such folder here, and no such dataset on the hub "
-            f"({headline(error)}). {NO_DATA}"
-        ) from None
-
-
-def already_made(users, settings):
-    """Whether the users folder is finished. InputError if it was made with other flags."""
-    if not (Path(users) / "pairs.parquet").exists():
-        return False
-    before = read_pairs(users)[1]
-    changed = [key for key in settings if before.get(key) != settings[key]]
-    if changed:
-        raise InputError(
-            f"--users {users} holds users made with another {flag(changed[0])}; choose another "
-            f"folder"
-        )
-    print(f"{users}: already done")
-    return True
+        problem = f"no such folder here, and no such dataset on the hub ({utils.first_line(error)})"
+        raise InputError(f"--data {name}: {problem}. {NO_DATA}") from None
 
 
 def run(args):
     if args.pairs:
         embed_custom_user(args)
         return
-    if rank_and_world()[1] > 1:  # the slowest process may need days more
+    if utils.rank_and_world()[1] > 1:  # the slowest process may need days more
         dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
-    if args.cache_latents:
-        cache_latents(args)
-    else:
-        make_users(args)
+    work = cache_latents if args.cache_latents else make_users
+    work(args)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def main(argv=None):
-    run_script("embed.py", run, parse_args(argv))
+    utils.run_script("embed.py", run, parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
 """The paper's numbers: Fig. 5, Table 1 and Fig. 3. experiments.py has Fig. 2, 4 and 6.
 
-    python evaluate.py                                   # Fig. 5: users read by the VLM, seen and
-    not python evaluate.py judge                             # Fig. 5: a VLM or an endpoint judges
-    for them python evaluate.py rewards --baselines runs/onehot   # Table 1, Fig. 3: baselines
-    trained, compared
+    python evaluate.py                            # Fig. 5: users read by the VLM, seen and unseen
+    python evaluate.py judge                      # Fig. 5: a VLM or an endpoint judges for them
+    python evaluate.py rewards --baselines runs/onehot-baselines     # Table 1, Fig. 3
 
-Results go to evaluation.json and .md beside the adapter or in --out (every subcommand rewrites only
-its own key and section) and to images. Both arms of a comparison get the same prompts and the same
-noise. Every rate and mean comes with its n and a 95% interval.
+Results go to evaluation.json and .md, where every subcommand rewrites its own part alone, and to
+images, beside the adapter or in --out. Both arms of a comparison get the same prompts and noise.
+Every rate and mean comes with its n and a 95% interval.
 """
 
-import argparse
 import base64
 import hashlib
 import io
@@ -24,6 +22,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,26 +32,17 @@ from tqdm import tqdm
 
 import embed
 import plots
+import utils
 from data import hash_fraction, load_shots, load_user, read_images, read_pairs, read_rows
 from ppd import UserAdapter
 from rewards import REWARDS, score
 from sample import generate, load_base_for, load_user_embedding, read_prompts
 from tiny import world
-from utils import (
-    InputError,
-    append_line,
-    flag,
-    pick_device,
-    read_json,
-    read_jsonl,
-    run_script,
-    write_atomically,
-    write_jsonl,
-)
+from utils import InputError
 
-COMMANDS = ("people", "judge", "rewards")
 MOVED = ("interpolate", "classify", "profiles")  # to experiments.py
 JUDGE_RETRIES = 6  # of a busy or failing endpoint
+NO_COMPLETION = (AttributeError, TypeError, LookupError, ValueError, RecursionError)  # its reply
 UPPER_BOUND = "one Diffusion-DPO a reward"
 
 
@@ -75,11 +65,7 @@ def common_arguments(parser):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = utils.make_parser("evaluate.py", __doc__)
     add = parser.add_argument
     add("command", nargs="?", choices=(*COMMANDS, *MOVED), default="people", metavar="COMMAND")
     add("--n", type=int, help="users of a kind (200; judge 277 and 192), or images an arm (200)")
@@ -91,30 +77,39 @@ def parse_args(argv=None):
     if args.command in MOVED:
         parser.error(f"{args.command} moved: python experiments.py {args.command}")
     args.adapter = args.adapter or ("runs/onehot" if args.command == "rewards" else "runs/ppd")
-    check_args(args, parser.error)
+    finish_args(args, parser, argv)
     if args.judge_url and not args.judge:
         parser.error("--judge-url wants the endpoint's model too: --judge MODEL")
-    return finish_args(args, parser, argv)
-
-
-def check_args(args, error):
-    for key, least in dict(n=2, steps=1, batch=1).items():
-        value = getattr(args, key)
-        if value is not None and value < least:
-            error(f"{flag(key)} {value}: expected {least} or more")
-    if args.adapter and not Path(args.adapter).exists():
-        error(f"--adapter {args.adapter}: no such file or folder; train.py writes runs/<name>")
+    return args
 
 
 def finish_args(args, parser, argv):
-    """Where to write, and what goes with the results: the command that made them."""
+    """Check the shared flags; add where to write, and the command and time to put with results."""
+    for key, least in dict(n=2, steps=1, batch=1).items():
+        value = getattr(args, key)
+        if value is not None and value < least:
+            parser.error(f"--{key} {value}: expected {least} or more")
+    problem = "no such file or folder; train.py writes runs/<name>"
+    if args.adapter and not Path(args.adapter).exists():
+        parser.error(f"--adapter {args.adapter}: {problem}")
     if args.out is None:
         adapter = Path(args.adapter)
         args.out = str(adapter if adapter.is_dir() else adapter.parent)
     words = sys.argv[1:] if argv is None else argv
     args.made_by = shlex.join(["python", parser.prog, *words])
     args.began = time.time()
-    return args
+
+
+def run_command(script, commands, args):
+    """Run a subcommand of evaluate.py or experiments.py."""
+
+    def run(args):
+        path = Path(args.out) / "evaluation.json"
+        if path.exists():
+            utils.read_json(path)  # a broken one is better known now than after the work
+        commands[args.command](args)
+
+    utils.run_script(script, run, args)
 
 
 # --------------------------------------------------------------------------- statistics
@@ -136,11 +131,9 @@ def rate_ci(values):
 def mean_ci(values):
     """Numbers -> their mean, n, and its 95% interval by the normal approximation."""
     values = np.asarray(values, np.float64)
-    mean = float(values.mean())
-    half = 1.96 * float(values.std(ddof=1)) / len(values) ** 0.5
-    return dict(
-        mean=round(mean, 4), n=len(values), ci95=[round(mean - half, 4), round(mean + half, 4)]
-    )
+    mean, half = float(values.mean()), 1.96 * float(values.std(ddof=1)) / len(values) ** 0.5
+    interval = [round(mean - half, 4), round(mean + half, 4)]
+    return dict(mean=round(mean, 4), n=len(values), ci95=interval)
 
 
 def win_indicator(ours, theirs):
@@ -152,21 +145,16 @@ def win_indicator(ours, theirs):
 def compare(ours, theirs):
     """Scores of two arms on the same prompts and noise -> win rate, n, interval, and both means."""
     won = rate_ci(win_indicator(ours, theirs))
-    means = [round(float(np.mean(scores)), 4) for scores in (ours, theirs)]
-    return dict(
-        win_rate=won["rate"], n=won["n"], ci95=won["ci95"], mean=means[0], mean_other=means[1]
-    )
+    mean, mean_other = (round(float(np.mean(scores)), 4) for scores in (ours, theirs))
+    return dict(win_rate=won.pop("rate"), **won, mean=mean, mean_other=mean_other)
 
 
 def ridge(x, y, strength=10.0):
-    """Ridge regression of y on x with an intercept -> a function from x to y."""
-
-    def with_intercept(x):
-        return torch.cat([x, torch.ones(len(x), 1)], 1)
-
-    x = with_intercept(x)
+    """Ridge regression of y (B, M) on x (B, N) with an intercept -> a function from x to y."""
+    add_ones = torch.nn.ConstantPad1d((0, 1), 1.0)
+    x = add_ones(x)
     solution = torch.linalg.solve(x.T @ x + strength * torch.eye(x.shape[1]), x.T @ y)
-    return lambda new: with_intercept(new) @ solution
+    return lambda new: add_ones(new) @ solution
 
 
 # ------------------------------------------------------------------------------- report
@@ -178,68 +166,50 @@ def format_mean(r):
     return f"{r['mean']:+.2f} ({format_ci(r, '+.2f')})"
 
 
-def format_rate(r):
-    return f"{r['rate']:.3f} ({format_ci(r)})"
+def format_rate(r, with_n=False):
+    """What rate_ci() or compare() returned as "0.700 (0.600 to 0.800)", or "(..., n = 80)"."""
+    n = f", n = {r['n']}" if with_n else ""
+    return f"{r['rate' if 'rate' in r else 'win_rate']:.3f} ({format_ci(r)}{n})"
 
 
 def markdown_table(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    lines = ["| " + " | ".join(str(cell) for cell in line) + " |" for line in lines]
-    lines[1] = "|---" * len(header) + "|"
-    return "\n".join(lines)
-
-
-def format_fidelity(f):
-    base, ours = (f"{format_rate(f[arm])[:-1]}, n = {f[arm]['n']})" for arm in ("base", "ppd"))
-    return f"Colour and shape as the caption says: base {base}, personalised {ours}."
+    lines = ["| " + " | ".join(map(str, cells)) + " |" for cells in (header, *rows)]
+    return "\n".join([lines[0], "|---" * len(header) + "|", *lines[1:]])
 
 
 def report(args, result, table, images):
-    """Put the result under the subcommand's key of evaluation.json, with the command, seconds and
-    machine that made it, and its table (markdown) into its section of evaluation.md; save images
-    {name: image}; print the table."""
+    """Write a subcommand's result to its key of evaluation.json, with the command, seconds and
+    machine that made it, its table (markdown) to its section of evaluation.md, and images {name:
+    image}; other keys and sections stay word for word. Print the table."""
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     device = f"CPU, {torch.get_num_threads()} threads"
     if args.device != "cpu" and torch.cuda.is_available():
         device = torch.cuda.get_device_name()
-    made = dict(
-        command=args.made_by,
-        seconds=round(time.time() - args.began),
-        machine=f"{platform.system()} {platform.machine()}, {device}",
-        torch=torch.__version__,
-    )
-    path = out / "evaluation.json"
-    before = read_json(path) if path.exists() else {}
-    content = json.dumps(before | {args.command: dict(made=made) | result}, indent=1) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(content))
-
-    page = out / "evaluation.md"
-    sections = read_sections(page) | {args.command: table}
+    made = dict(command=args.made_by, seconds=round(time.time() - args.began))
+    made["machine"] = f"{platform.system()} {platform.machine()}, {device}"
+    made["torch"] = torch.__version__
+    files = [out / "evaluation.json", out / "evaluation.md"]
+    results = utils.read_json(files[0]) if files[0].exists() else {}
+    results[args.command] = dict(made=made) | result
+    content = json.dumps(results, indent=1) + "\n"
+    utils.write_atomically(files[0], lambda temporary: temporary.write_text(content))
+    page = files[1].read_text() if files[1].exists() else ""
+    parts = re.split(r"^## (.*)\n\n", page, flags=re.MULTILINE)[1:]
+    sections = {name: text.rstrip("\n") for name, text in zip(parts[::2], parts[1::2], strict=True)}
+    sections[args.command] = table
     text = "\n".join(f"## {name}\n\n{section}\n" for name, section in sections.items())
-    write_atomically(page, lambda temporary: temporary.write_text(text))
+    utils.write_atomically(files[1], lambda temporary: temporary.write_text(text))
     for name, image in images.items():
-        image.save(out / f"{name}.png")
+        files.append(out / f"{name}.png")
+        image.save(files[-1])
     print(table)
-    print(
-        "-> " + ", ".join(str(p) for p in (path, page, *(out / f"{name}.png" for name in images)))
-    )
-
-
-def read_sections(page):
-    """evaluation.md -> {subcommand: its text}; other scripts' sections are kept word for word."""
-    parts = re.split(r"^## (.*)\n\n", page.read_text() if page.exists() else "", flags=re.MULTILINE)
-    names, texts = parts[1::2], parts[2::2]
-    return {
-        name: text.removesuffix("\n").removesuffix("\n")
-        for name, text in zip(names, texts, strict=True)
-    }
+    print("-> " + ", ".join(map(str, files)))
 
 
 # -------------------------------------------------------------------------- what is read
 def load_run(args):
-    """The adapter, its users' folder and pairs, and the settings these were made with; --data
-    takes precedence over theirs."""
+    """The adapter, its users' folder and pairs, and the settings of these; --data goes first."""
     adapter = UserAdapter.load(args.adapter)
     users = Path(args.users or adapter.header.get("users", "users"))
     pairs, settings = read_pairs(users)
@@ -249,44 +219,36 @@ def load_run(args):
 
 
 def load_true_tastes(data):
-    """What drawn users truly like, from the data's people.json: functions from users' names to
-    weights (B, 5) and to words."""
+    """What drawn users truly like, from the data's people.json: a function from users' names to
+    weights (B, 5), and one to words. InputError without that file, or of names not in it."""
     path = Path(data) / "people.json"
     if not path.is_file():
-        raise InputError(
-            f"--data: no {path}; true tastes are known of drawn users only. Of others ask "
-            f"evaluate.py judge"
-        )
-    truth = read_json(path)
+        raise InputError(f"--data: no {path}; of users who are not drawn ask evaluate.py judge")
+    truth = utils.read_json(path)
 
     def lookup(kind, names):
         for name in names:
-            if not name.isdigit() or int(name) >= len(truth["tastes"]):
-                raise InputError(
-                    f"{path}: user {name} is not in it; expected the data that they were read from"
-                )
+            if not name.isdigit() or int(name) >= len(truth[kind]):
+                raise InputError(f"{path}: no user {name}; expected the data they were read from")
         return [truth[kind][int(name)] for name in names]
 
-    def tastes(names):
-        return torch.tensor(lookup("tastes", names))
-
-    def words(names):
-        return [", ".join(user_words) for user_words in lookup("words", names)]
-
-    return tastes, words
+    return (
+        lambda names: torch.tensor(lookup("tastes", names)),
+        lambda names: [", ".join(words) for words in lookup("words", names)],
+    )
 
 
 def rows_by_id(data):
-    """A function from ranking ids to the rows of a data folder."""
+    """A function from ranking ids to the rows of a data folder; InputError of an id not there."""
     rows = {row["ranking_id"]: row for row in read_rows(data)}
 
     def lookup(ids):
-        missing = [i for i in ids if i not in rows]
-        if missing:
-            raise InputError(
-                f"--data {data}: no pair of ranking id {missing[0]} there; expected the data that "
-                f"the users were read from"
-            )
+        for i in ids:
+            if i not in rows:
+                problem = f"no pair of ranking id {i} there"
+                raise InputError(
+                    f"--data {data}: {problem}; expected the data users were read from"
+                )
         return [rows[i] for i in ids]
 
     return lookup
@@ -300,13 +262,10 @@ def select_test_pairs(users, pairs, **counts):
     selected = {}
     for kind, n in counts.items():
         rows = [row for (split, _), row in first.items() if split == f"test-{kind}"]
-        rows.sort(key=lambda row: hash_fraction("evaluation", row["user"]))
         if len(rows) < 2:
-            raise InputError(
-                f"--users {users}: {len(rows)} {kind} users have a held-out pair; expected two or "
-                f"more"
-            )
-        selected[kind] = rows[:n]
+            problem = f"{len(rows)} {kind} users have a held-out pair; expected two or more"
+            raise InputError(f"--users {users}: {problem}")
+        selected[kind] = sorted(rows, key=lambda row: hash_fraction("evaluation", row["user"]))[:n]
     return selected
 
 
@@ -316,24 +275,20 @@ def load_embeddings(adapter, folder, names):
 
 
 def load_profiles(args, users, names, data):
-    """What the VLM writes of users' first group, or wrote when embed.py --profile read them: what
-    follows "User profile:"."""
+    """What the VLM writes of users' first group after "User profile:", or wrote for embed.py."""
     files = [load_user(users / f"{name}.pt") for name in names]
     texts = [file["profile"][0] if file["profile"] else None for file in files]
     if None in texts:
         rows = rows_by_id(data)
-        vlm = embed.load_vlm(files[0]["vlm"], pick_device(args.device))
+        vlm = embed.load_vlm(files[0]["vlm"], utils.pick_device(args.device))
         step = 50 if files[0]["vlm"] == "tiny" else 1
         for i in tqdm(range(0, len(files), step), "writing profiles", leave=False, disable=None):
             groups = [load_shots(data, rows(file["shots"][0])) for file in files[i : i + step]]
             _, texts[i : i + step] = embed.embed_users(vlm, groups, profile=True)
         del vlm  # a GPU has better use for its memory
         torch.cuda.empty_cache()
-    profiles = []
-    for text in texts:
-        profile = re.split(r"user profile\W*:\W*", text, flags=re.IGNORECASE)[-1]
-        profiles.append(" ".join(profile.split()).rstrip("."))
-    return profiles
+    profiles = [re.split(r"user profile\W*:\W*", t, flags=re.IGNORECASE)[-1] for t in texts]
+    return [" ".join(profile.split()).rstrip(".") for profile in profiles]
 
 
 # ------------------------------------------------------------------ Fig. 5: drawn users
@@ -341,9 +296,9 @@ def evaluate_users(args):
     """Sec. 5.2: users whom the VLM read from four choices, seen and unseen, one held-out caption
     each; win rate and mean true reward (from people.json, which nothing else reads) over the base.
 
-    Controls, for the unseen: another user's embedding, the zero user, and the true taste: what a
-    linear fit over the training users expects a user of that taste to look like to the VLM. And the
-    reverse fit, from embedding to taste: how much of an unseen user's taste their embedding tells.
+    Controls, for the unseen: another user's embedding, the zero user, and the true taste: how a
+    user of that taste looks to the VLM by a linear fit over the training users. The reverse fit,
+    from embedding to taste, tells how much of an unseen user's taste is in their embedding.
     """
     adapter, users, pairs, settings = load_run(args)
     data = Path(settings["data"])
@@ -367,67 +322,64 @@ def evaluate_users(args):
         "zero": ("unseen", torch.zeros_like(own)),
         "true_taste": ("unseen", predicted * own.norm() / predicted.norm()),
     }
-    sampling = dict(steps=args.steps, guidance=args.guidance)
-    images, scores = {}, {}
+    images, scores, result = {}, {}, dict(people={})
     for arm, (kind, embeddings) in arms.items():
-        seeds = [args.seed + i for i in range(len(captions[kind]))]
-        images[arm] = generate(
-            base, captions[kind], seeds, adapter, embeddings, args.batch, arm, **sampling
-        )
+        images[arm] = generate_arm(args, base, captions[kind], adapter, embeddings, arm)
         scores[arm] = world.utility(tastes(names[kind]).numpy(), images[arm])
-
-    result = dict(people={})
-    for arm, (kind, embeddings) in arms.items():
         if embeddings is not None:
             result["people"][arm] = compare(scores[arm], scores[f"{kind} base"])
-    ours = [*scores["seen"], *scores["unseen"]]
-    result["people"]["all"] = compare(ours, [*scores["seen base"], *scores["unseen base"]])
+    fidelity = {}
+    for arm, suffix in (("base", " base"), ("ppd", "")):
+        scores[arm] = np.concatenate([scores[f"seen{suffix}"], scores[f"unseen{suffix}"]])
+        both = images[f"seen{suffix}"] + images[f"unseen{suffix}"]
+        fidelity[arm] = rate_ci(world.fidelity(both, captions["seen"] + captions["unseen"]))
+    result["people"]["all"] = compare(scores["ppd"], scores["base"])
     result["own_over_other"] = compare(scores["unseen"], scores["other_user"])
     readout = ridge(train_embeddings, train_tastes)(own)
     cosine = torch.cosine_similarity(readout, tastes(names["unseen"]))
-    result["readout"] = mean_ci(cosine.tolist())
-    all_captions = captions["seen"] + captions["unseen"]
-    result["fidelity"] = {
-        "base": rate_ci(world.fidelity(images["seen base"] + images["unseen base"], all_captions)),
-        "ppd": rate_ci(world.fidelity(images["seen"] + images["unseen"], all_captions)),
-    }
+    result |= dict(readout=mean_ci(cosine.tolist()), fidelity=fidelity)
 
     # the sheet: four users of each kind, what they like, and what the VLM says of them
-    sheet_captions = sorted(set(captions["unseen"]))[:8]
+    shown = sorted(set(captions["unseen"]))[:8]
     sheet_users = names["seen"][:4] + names["unseen"][:4]
-    seeds = [args.seed + i for i in range(len(sheet_captions))]
     embeddings = [None, *load_embeddings(adapter, users, sheet_users).split(1)]
-    sheet = [generate(base, sheet_captions, seeds, adapter, u, **sampling) for u in embeddings]
+    sheet = [generate_arm(args, base, shown, adapter, embedding) for embedding in embeddings]
     profiles = load_profiles(args, users, sheet_users, data)
     labels = ["base"]
     for name, likes, profile in zip(sheet_users, words(sheet_users), profiles, strict=True):
         kind = "seen" if name in names["seen"] else "unseen"
         labels.append(f"{name}, {kind}\nlikes {likes}\nVLM: {profile[:40]}")
-    grid = plots.image_grid(sheet, labels, sheet_captions)
+    grid = plots.image_grid(sheet, labels, shown)
     report(args, result, people_table(result), dict(people=grid))
 
 
+def generate_arm(args, base, captions, adapter, embeddings, desc=None, first=0):
+    """Images of captions, from number `first` on, by one arm of a comparison: embeddings (1, D) for
+    all, (B, D), or None for the base. Every arm gets the same noise."""
+    adapter.install(base.attention_layers())
+    seeds = [args.seed + first + i for i in range(len(captions))]
+    sampling = dict(batch=args.batch, steps=args.steps, guidance=args.guidance)
+    return generate(base, captions, seeds, adapter, embeddings, desc=desc, **sampling)
+
+
 def people_table(result):
-    titles = {
-        "seen": "seen",
-        "unseen": "unseen",
-        "all": "all",
-        "other_user": "unseen, by another's embedding",
-        "zero": "unseen, by the zero user",
-        "true_taste": "unseen, by their true taste",
-    }
+    controls = dict(other_user="another's embedding", zero="the zero user")
+    controls["true_taste"] = "their true taste"
     header = ["users", "win rate over base", "95%", "n", "true reward, base", "true reward, theirs"]
     rows = []
-    for name, title in titles.items():
+    for name in ("seen", "unseen", "all", *controls):
         r = result["people"][name]
+        title = f"unseen, by {controls[name]}" if name in controls else name
         means = [f"{r['mean_other']:+.2f}", f"{r['mean']:+.2f}"]
         rows.append([title, f"{r['win_rate']:.3f}", format_ci(r), r["n"], *means])
-    other, readout = result["own_over_other"], result["readout"]
+    readout = result["readout"]
+    own = format_rate(result["own_over_other"], with_n=True)
+    base, ours = (format_rate(result["fidelity"][arm], with_n=True) for arm in ("base", "ppd"))
     return (
         f"{markdown_table(header, rows)}\n\nAn unseen user's own embedding wins over another's in "
-        f"{other['win_rate']:.3f} ({format_ci(other)}, n = {other['n']}). Read-out of the true "
-        f"taste from it: cosine {readout['mean']:.3f} ({format_ci(readout)}). "
-        + format_fidelity(result["fidelity"])
+        f"{own}. Read-out of the true taste from it: cosine {readout['mean']:.3f} "
+        f"({format_ci(readout)}). Color and shape as the caption says: base {base}, personalized "
+        f"{ours}."
     )
 
 
@@ -451,16 +403,16 @@ def to_flags(settings, keys):
     for key in keys:
         value = settings.get(key)
         if value is True:
-            flags.append(flag(key))
+            flags.append(utils.flag(key))
         elif value not in (None, False):
-            flags += [flag(key), *(value if isinstance(value, list) else [value])]
+            flags += [utils.flag(key), *(value if isinstance(value, list) else [value])]
     return flags
 
 
 def train_baseline(args, adapter, name, users, **changes):
-    """The adapter --baselines/<name>: trained by train.py unless it is there, for as long as
-    `adapter` and with its settings but for the changes. At full scale train them beforehand, with
-    torchrun."""
+    """The adapter --baselines/<name>: trained by train.py unless it is there (at full scale train
+    it beforehand, with torchrun), as long as `adapter` and with its settings but for the changes.
+    InputError if what is there was trained with others."""
     folder = Path(args.baselines) / name
     expected = adapter.header["recipe"] | changes
     is_there = (folder / "adapter.safetensors").exists()
@@ -473,43 +425,36 @@ def train_baseline(args, adapter, name, users, **changes):
         flags += ["--users", users, "--out", folder, "--preview-every", 0, "--resume"]
         run_python("train.py", *flags)
     baseline = UserAdapter.load(folder)
-    actual = dict(objective=baseline.header["objective"], max_steps=baseline.header["step"])
-    actual = baseline.header["recipe"] | actual
+    header = baseline.header
+    actual = header["recipe"] | dict(objective=header["objective"], max_steps=header["step"])
     for key, value in expected.items():
         if actual[key] != value:
-            raise InputError(
-                f"{folder}: trained with {key} {actual[key]}, but {adapter.path} is to be compared "
-                f"with {value}; choose another --baselines"
-            )
+            problem = f"trained with {key} {actual[key]}, but {adapter.path} is to be compared with"
+            raise InputError(f"{folder}: {problem} {value}; choose another --baselines")
     return baseline
 
 
 def load_reward_run(args, default_n):
     """An adapter for synthetic users -> it, their embeddings {name: (1, D)} in the order of the
-    one-hot vector, their folder and settings, and --n prompts and seeds."""
+    one-hot vector, their folder and settings, and --n prompts. InputError if they are no rewards or
+    there is no prompt."""
     adapter, users, pairs, settings = load_run(args)
     names = {row["user"] for row in pairs}
     unknown = sorted(names - world.WORDS.keys() - REWARDS.keys())
     if unknown:
-        raise InputError(
-            f"--users {users}: {unknown[0]!r} is no reward; give a folder made by embed.py "
-            f"--one-hot"
-        )
+        advice = "give a folder made by embed.py --one-hot"
+        raise InputError(f"--users {users}: {unknown[0]!r} is no reward; {advice}")
     position = {name: load_user(users / f"{name}.pt")["embedding"].argmax() for name in names}
     names = sorted(names, key=lambda name: position[name].item())
-    if args.prompts:
-        captions = read_prompts(args.prompts)
-    else:
-        captions = sorted({row["caption"] for row in pairs if row["split"].startswith("test")})
+    held_out = sorted({row["caption"] for row in pairs if row["split"].startswith("test")})
+    captions = read_prompts(args.prompts) if args.prompts else held_out
     if not captions:
-        raise InputError(
-            f"--users {users}: pairs.parquet has no held-out test caption; give --prompts"
-        )
+        problem = "pairs.parquet has no held-out test caption; give --prompts"
+        raise InputError(f"--users {users}: {problem}")
     n = args.n or (len(captions) if args.prompts else default_n)
     prompts = [captions[i % len(captions)] for i in range(n)]
-    seeds = [args.seed + i for i in range(n)]
     vectors = {name: load_user_embedding(adapter, users / f"{name}.pt") for name in names}
-    return adapter, vectors, users, settings, prompts, seeds
+    return adapter, vectors, users, settings, prompts
 
 
 def reward_arms(args, adapter, vectors, users, settings):
@@ -539,7 +484,7 @@ def rewards(args):
     --prompts or the held-out captions. With --baselines also Diffusion-DPO on users' own labels,
     SFT that sees the user, and a Diffusion-DPO of its own for each reward, the upper bound. On the
     drawn world also whether the caption's color and shape are there."""
-    adapter, vectors, users, settings, prompts, seeds = load_reward_run(args, 200)
+    adapter, vectors, users, settings, prompts = load_reward_run(args, 200)
     names = list(vectors)
     is_drawn = names[0] in world.WORDS
     arms = reward_arms(args, adapter, vectors, users, settings)
@@ -547,48 +492,35 @@ def rewards(args):
     arms["zero user"] = {"": (adapter, load_user_embedding(adapter, "zero"))}  # for the sheet only
     base = load_base_for(adapter, args)
     n_shown = min(len(prompts), len(set(prompts)), 12)
-    scores, kept, sheet = {}, {}, {}
-    for method, arm in [(m, arm) for m in arms for arm in arms[m]]:
-        arm_adapter, embedding = arms[method][arm]
-        arm_adapter.install(base.attention_layers())
-        key = (method, arm)
-        scores[key], kept[key], sheet[key] = {name: [] for name in names}, [], []
+    scores, kept, sheet = defaultdict(list), defaultdict(list), defaultdict(list)
+    for method, arm in [(method, arm) for method in arms for arm in arms[method]]:
         count = n_shown if method == "zero user" else len(prompts)
         for i in range(0, count, 4 * args.batch):  # scored as they come, to bound the memory
-            part = slice(i, min(i + 4 * args.batch, count))
-            images = generate(
-                base,
-                prompts[part],
-                seeds[part],
-                arm_adapter,
-                embedding,
-                args.batch,
-                f"{method} {arm}",
-                steps=args.steps,
-                guidance=args.guidance,
-            )
-            sheet[key] += images[: max(0, n_shown - i)]
+            part = prompts[i : min(i + 4 * args.batch, count)]
+            images = generate_arm(args, base, part, *arms[method][arm], f"{method} {arm}", first=i)
+            sheet[method, arm] += images[: max(0, n_shown - i)]
             for name in names:
-                scores[key][name] += score(name, images, prompts[part], str(base.device)).tolist()
-            kept[key] += world.fidelity(images, prompts[part]) if is_drawn else []
+                scores[method, arm, name] += score(name, images, part, str(base.device)).tolist()
+            kept[method, arm] += world.fidelity(images, part) if is_drawn else []
 
     def reward_of(method, name):  # of the images that the method makes for this reward
-        return scores[(method, name) if (method, name) in scores else (method, "")][name]
+        return scores[method, name if name in arms[method] else "", name]
 
     result = dict(table_1={}, figure_3={}, crossed={}, first={})
     for method in methods:
-        result["table_1"][method] = {name: mean_ci(reward_of(method, name)) for name in names}
+        values = {name: reward_of(method, name) for name in names}
+        means = {name: mean_ci(values[name]) for name in names}
         if is_drawn:  # a prompt counts once
             per_prompt = np.mean([kept[method, arm] for arm in arms[method]], axis=0)
-            result["table_1"][method]["fidelity"] = rate_ci(per_prompt)
-        result["first"][method] = {  # for a test to score again
-            name: np.round(reward_of(method, name)[:12], 3).tolist() for name in names
-        }
+            means["fidelity"] = rate_ci(per_prompt)
+        result["table_1"][method] = means
+        first = {name: np.round(values[name][:12], 3).tolist() for name in names}
+        result["first"][method] = first  # for a test to score again
     others = [method for method in methods if method != "PPD"]
     for name in names:
         ours = reward_of("PPD", name)
         result["figure_3"][name] = {m: compare(ours, reward_of(m, name)) for m in others}
-        result["crossed"][name] = {o: mean_ci(scores["PPD", o][name]) for o in names}
+        result["crossed"][name] = {arm: mean_ci(scores["PPD", arm, name]) for arm in names}
     if not is_drawn:
         result["models"] = {name: REWARDS[name][0] for name in names}
 
@@ -604,70 +536,66 @@ def rewards(args):
 
 def figure_3(wins):
     """PPD's win rates, {reward: {method: compare()}}, as bars."""
-    names = list(wins)
-    series = {}
-    for method in wins[names[0]]:
-        rates = [wins[name][method] for name in names]
-        series[f"over {method}"] = [(r["win_rate"], r["ci95"]) for r in rates]
-    figure, (axis,) = plots.new_figure()
-    plots.draw_bars(axis, "PPD's win rate, with 95% intervals", names, series, "win rate")
-    return plots.to_image(figure)
+    series = defaultdict(list)
+    for by_method in wins.values():
+        for method, r in by_method.items():
+            series[f"over {method}"].append((r["win_rate"], r["ci95"]))
+    return plots.draw_bars("PPD's win rate, with 95% intervals", list(wins), series)
 
 
 def rewards_table(result):
     names = list(result["figure_3"])
     titles = [result.get("models", {}).get(name, name) for name in names]
-    is_drawn = "models" not in result
-    rows = []
-    for method, r in result["table_1"].items():
-        fidelity = [format_rate(r["fidelity"])] if is_drawn else []
-        rows.append([method, *(format_mean(r[name]) for name in names), *fidelity])
-    header = ["mean reward", *titles, *(["colour and shape"] if is_drawn else [])]
-    tables = [markdown_table(header, rows)]
-    rows = []
-    for method in result["figure_3"][names[0]]:
-        cells = [result["figure_3"][name][method] for name in names]
-        rows.append([f"over {method}", *(f"{r['win_rate']:.3f} ({format_ci(r)})" for r in cells)])
     n = result["table_1"]["PPD"][names[0]]["n"]
-    tables.append(markdown_table([f"PPD's win rate, n = {n}", *titles], rows))
-    rows = []
+    is_drawn = "models" not in result
+    kept = ["color and shape"] if is_drawn else []
+    means = [["mean reward", *titles, *kept]]
+    wins = [[f"PPD's win rate, n = {n}", *titles]]
+    crossed = [["mean reward of PPD's images", *(f"for {title}" for title in titles)]]
+    for method, r in result["table_1"].items():
+        kept = [format_rate(r["fidelity"])] if is_drawn else []
+        means.append([method, *(format_mean(r[name]) for name in names), *kept])
+    for method in result["figure_3"][names[0]]:
+        rates = [result["figure_3"][name][method] for name in names]
+        wins.append([f"over {method}", *map(format_rate, rates)])
     for name, title in zip(names, titles, strict=True):
-        rows.append([title, *(format_mean(result["crossed"][name][other]) for other in names)])
-    header = ["mean reward of PPD's images", *(f"for {title}" for title in titles)]
-    tables.append(markdown_table(header, rows))
-    return "\n\n".join(tables)
+        crossed.append([title, *(format_mean(result["crossed"][name][arm]) for arm in names)])
+    return "\n\n".join(markdown_table(table[0], table[1:]) for table in (means, wins, crossed))
 
 
 # ------------------------------------------------------- Fig. 5: a judge in the user's place
 def query_judge(client, args, text, images):
-    """An OpenAI-compatible endpoint's answer to a prompt with one <image> an image."""
+    """An OpenAI-compatible endpoint's answer to a prompt with one <image> an image; InputError if
+    there is none."""
     import openai
 
     content = []
     for words, image in itertools.zip_longest(text.split("<image>"), images):
         content.append(dict(type="text", text=words))
         if image is not None:
-            small, buffer = image.convert("RGB"), io.BytesIO()
+            buffer = io.BytesIO()
+            small = image.convert("RGB")
             small.thumbnail((512, 512))
             small.save(buffer, "JPEG", quality=90)
             url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
             content.append(dict(type="image_url", image_url=dict(url=url, detail="low")))
-    messages = [dict(role="user", content=content)]
+    asked = dict(messages=[dict(role="user", content=content)], temperature=0, max_tokens=500)
     try:
-        reply = client.chat.completions.create(
-            model=args.judge, messages=messages, temperature=0, max_tokens=500
-        )
-        return reply.choices[0].message.content or ""
-    except (openai.OpenAIError, AttributeError, TypeError, LookupError, ValueError) as error:
+        reply = client.chat.completions.create(model=args.judge, **asked)
+        answer = reply.choices[0].message.content or ""
+        if not isinstance(answer, str):
+            raise TypeError("its answer is no text")
+        return answer
+    except (openai.OpenAIError, *NO_COMPLETION) as error:
         kept = "What is judged is kept: the same command goes on"
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
         raise InputError(f"--judge-url {args.judge_url}: {reason}. {kept}") from None
 
 
 def load_judge(args):
     """A function from a prompt and four lists of images to the judge's four answers."""
     if not args.judge_url:
-        vlm = embed.load_vlm(args.judge, pick_device(args.device))
+        vlm = embed.load_vlm(args.judge, utils.pick_device(args.device))
         return lambda text, asked: embed.generate_text(vlm, [text] * 4, asked)[0]
     import openai
 
@@ -705,27 +633,20 @@ def summarize_verdicts(verdicts):
 def open_journal(args, adapter):
     """judge.jsonl: what is judged already, {(kind, user): line}. InputError if it was begun with
     other settings."""
-    settings = dict(
-        judge=args.judge,
-        url=args.judge_url,
-        adapter=hashlib.sha256(adapter.path.read_bytes()).hexdigest()[:16],
-        seed=args.seed,
-        steps=args.steps,
-        guidance=args.guidance,
-    )
+    digest = hashlib.sha256(adapter.path.read_bytes()).hexdigest()[:16]
+    settings = dict(judge=args.judge, url=args.judge_url, adapter=digest, seed=args.seed)
+    settings |= dict(steps=args.steps, guidance=args.guidance)
     path = Path(args.out) / "judge.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = read_jsonl(path) if path.exists() else []
+    lines = utils.read_jsonl(path) if path.exists() else []
     for key in settings if lines else ():
         if lines[0].get(key) != settings[key]:
-            raise InputError(
-                f"{path} was begun with {key} {lines[0].get(key)}, not {settings[key]}; move it "
-                f"away or choose another --out"
-            )
+            problem = f"was begun with {key} {lines[0].get(key)}, not {settings[key]}"
+            raise InputError(f"{path} {problem}; move it away or choose another --out")
     for number, line in enumerate(lines[1:], 2):
         if not {"kind", "user"} <= line.keys():
             raise InputError(f"{path} line {number}: no judgment; move the file away")
-    write_jsonl(path, [settings, *lines[1:]])
+    utils.write_jsonl(path, [settings, *lines[1:]])
     return path, {(line["kind"], line["user"]): line for line in lines[1:]}
 
 
@@ -740,9 +661,8 @@ def judge(args):
     cases = [(kind, row) for kind, rows in selected.items() for row in rows]
     seeds = {(kind, row["user"]): args.seed + i for i, (kind, row) in enumerate(cases)}
     rows = rows_by_id(data)
-    tastes = None  # of drawn users the truth is shown beside the judge
-    if (data / "people.json").is_file():
-        tastes, _ = load_true_tastes(data)
+    is_drawn = (data / "people.json").is_file()
+    tastes = load_true_tastes(data)[0] if is_drawn else None  # shown beside the judge
     args.judge = args.judge or load_user(users / f"{cases[0][1]['user']}.pt")["vlm"]
     base = load_base_for(adapter, args)
     journal, done = open_journal(args, adapter)
@@ -764,21 +684,20 @@ def judge(args):
             except InputError as problem:
                 print(f"user {row['user']} is left out: {problem}", file=sys.stderr)
                 continue
-            captions_shown = [caption for caption, _, _ in shots]
-            text = embed.build_vlm_prompt(captions_shown, "judge", row["caption"])
+            text = embed.build_vlm_prompt([shot[0] for shot in shots], "judge", row["caption"])
             images = [image for shot in shots for image in shot[1:]]
             pair = [ours[k], theirs[k]]
             answers = ask(text, [images + p for p in (pair, pair[::-1], real, real[::-1])])
-            line = dict(kind=kind, user=row["user"])
-            line |= dict(pictures=parse_verdict(*answers[:2]), real=parse_verdict(*answers[2:]))
+            line = dict(kind=kind, user=row["user"], pictures=parse_verdict(*answers[:2]))
+            line["real"] = parse_verdict(*answers[2:])
             if tastes:
                 utilities = world.utility(tastes([row["user"]]).numpy(), pair)
                 line["truth"] = float(win_indicator(*utilities))
             done[kind, row["user"]] = line
-            append_line(journal, json.dumps(line))
+            utils.append_line(journal, json.dumps(line))
             if len(sheet) < 8:
                 sheet.append((f"{row['user']}\n{kind}: {line['pictures']}", theirs[k], ours[k]))
-    result = summarize_journal(args.judge, list(done.values()), with_truth=tastes is not None)
+    result = summarize_journal(args.judge, list(done.values()), is_drawn)
     images = {}  # if nothing was left to judge the sheet is there already
     if sheet:
         labels, *arms = zip(*sheet, strict=True)
@@ -788,30 +707,28 @@ def judge(args):
     report(args, result, judge_table(result), images)
 
 
-def summarize_journal(judge_name, lines, with_truth):
+def summarize_journal(judge_name, lines, is_drawn):
     result = dict(judge=judge_name, people={}, accuracy=None)
-    truth = {}
+    result |= dict(truth={}) if is_drawn else {}
     for kind in ("seen", "unseen", "all"):
         part = [line for line in lines if kind in (line["kind"], "all")]
         result["people"][kind] = summarize_verdicts([line["pictures"] for line in part])
-        if with_truth:
-            truth[kind] = rate_ci([line["truth"] for line in part])
+        if is_drawn:
+            result["truth"][kind] = rate_ci([line["truth"] for line in part])
     result["accuracy"] = summarize_verdicts([line["real"] for line in lines])
-    return result | (dict(truth=truth) if with_truth else {})
+    return result
 
 
 def figure_5(result):
     """Win rates over the base by the judge, and by the true taste where it is known, as bars."""
-    kinds = list(result["people"])
+    judged = f"by the judge, {Path(result['judge']).name}"
+    arms = {"by the true taste": result.get("truth", {}), judged: result["people"]}
     series = {}
-    if "truth" in result:
-        series["by the true taste"] = [(r["rate"], r["ci95"]) for r in result["truth"].values()]
-    judged = [(result["people"][kind]["rate"], result["people"][kind]["ci95"]) for kind in kinds]
-    series[f"by the judge, {Path(result['judge']).name}"] = judged
-    figure, (axis,) = plots.new_figure()
+    for arm, by_kind in arms.items():
+        if by_kind:
+            series[arm] = [(r["rate"], r["ci95"]) for r in by_kind.values()]
     title = "Win rate over the base, with 95% intervals"
-    plots.draw_bars(axis, title, kinds, series, "win rate")
-    return plots.to_image(figure)
+    return plots.draw_bars(title, list(result["people"]), series)
 
 
 def judge_table(result):
@@ -825,17 +742,11 @@ def judge_table(result):
     return markdown_table([*header, "by the true taste", "n"], rows)
 
 
+COMMANDS = dict(people=evaluate_users, judge=judge, rewards=rewards)
+
+
 def main(argv=None):
-    args = parse_args(argv)
-    path = Path(args.out) / "evaluation.json"
-    commands = dict(people=evaluate_users, judge=judge, rewards=rewards)
-
-    def run(args):
-        if path.exists():
-            read_json(path)  # a broken one is better known now than after the work
-        commands[args.command](args)
-
-    run_script("evaluate.py", run, args)
+    run_command("evaluate.py", COMMANDS, parse_args(argv))
 
 
 if __name__ == "__main__":

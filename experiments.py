@@ -5,7 +5,6 @@ python experiments.py classify --users users-classify            # Fig. 2: whose
 python experiments.py profiles --baselines runs/ppd-baselines    # Fig. 6: the profile in words
 """
 
-import argparse
 import itertools
 import math
 from pathlib import Path
@@ -15,48 +14,24 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+import evaluate
 import plots
 from data import hash_fraction, image_ids, load_shots, load_user, read_pairs
-from evaluate import (
-    check_args,
-    common_arguments,
-    compare,
-    finish_args,
-    format_ci,
-    format_mean,
-    format_rate,
-    load_embeddings,
-    load_profiles,
-    load_reward_run,
-    load_run,
-    load_true_tastes,
-    markdown_table,
-    mean_ci,
-    rate_ci,
-    report,
-    rows_by_id,
-    select_test_pairs,
-    train_baseline,
-)
 from rewards import REWARDS, score
 from sample import generate, load_base_for, load_user_embedding
 from tiny import world
-from utils import InputError, read_json, run_script
+from utils import InputError, make_parser, read_json, run_script
 
 TOP_K = (1, 2, 4, 8, 16)
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="experiments.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser("experiments.py", __doc__)
     add = parser.add_argument
     add("command", choices=list(EXPERIMENTS), metavar="COMMAND", help=", ".join(EXPERIMENTS))
     add("--n", type=int, help="captions (64), users to classify (300) or unseen users (200)")
     add("--profile-users", help="classify: the same users read by embed.py --profile")
-    common_arguments(parser)
+    evaluate.common_arguments(parser)
     args = parser.parse_args(argv)
     if args.command == "classify":
         args.users = args.users or "users-classify"
@@ -65,15 +40,15 @@ def parse_args(argv=None):
         args.adapter = args.adapter or "runs/ppd"
     if args.command == "profiles" and not args.baselines:
         parser.error("profiles wants --baselines FOLDER, for its Diffusion-DPO in the run dpo")
-    check_args(args, parser.error)
-    return finish_args(args, parser, argv)
+    evaluate.check_args(args, parser.error)
+    return evaluate.finish_args(args, parser, argv)
 
 
 # ------------------------------------------------ Fig. 4: between three rewards (Sec. 5.1)
 def interpolate(args):
     """Fig. 4: weights of three rewards, 11 along each edge and the corners of a grid of fifths
     inside; the mean score of --n images each, with the same captions and noise everywhere."""
-    adapter, vectors, _, _, prompts, seeds = load_reward_run(args, 64)
+    adapter, vectors, _, _, prompts, seeds = evaluate.load_reward_run(args, 64)
     names = list(vectors)
     if len(names) != 3:
         raise InputError(f"--adapter {args.adapter}: {len(names)} rewards; the simplex wants three")
@@ -101,17 +76,17 @@ def interpolate(args):
         points = [edge_point(a, b, w) for w in range(11)]
         for k, weights in ((a, np.arange(10, -1, -1)), (b, np.arange(11))):
             along = np.stack([scores[point][k] for point in points])
-            means = [mean_ci(row) for row in along]
+            means = [evaluate.mean_ci(row) for row in along]
             edge = dict(edge=[names[a], names[b]], reward=names[k], means=means)
             edges.append(edge | spearman(weights, along))
     simplex = []
     for point, values in scores.items():
         weights = dict(zip(names, (np.array(point) / 10).tolist(), strict=True))
-        means = {name: mean_ci(values[k]) for k, name in enumerate(names)}
+        means = {name: evaluate.mean_ci(values[k]) for k, name in enumerate(names)}
         simplex.append(dict(weights=weights, means=means))
     result = dict(edges=edges, map=simplex)
     figure = figure_4(result, f'"{prompts[shown]}", by weights', images)
-    report(args, result, interpolate_table(result), dict(figure_4=figure))
+    evaluate.report(args, result, interpolate_table(result), dict(figure_4=figure))
 
 
 def simplex_points():
@@ -186,9 +161,14 @@ def interpolate_table(result):
         ends = [e["means"][0], e["means"][-1]]
         if e["reward"] == e["edge"][0]:
             ends.reverse()
-        numbers = [f"{e['spearman']:.3f}", format_ci(e), e["n"], *map(format_mean, ends)]
+        numbers = [
+            f"{e['spearman']:.3f}",
+            evaluate.format_ci(e),
+            e["n"],
+            *map(evaluate.format_mean, ends),
+        ]
         rows.append([" to ".join(e["edge"]), e["reward"], *numbers])
-    return markdown_table([*header, "mean at weight 0", "at 1"], rows)
+    return evaluate.markdown_table([*header, "mean at weight 0", "at 1"], rows)
 
 
 # ------------------------------------------ Fig. 2: whose embedding is this? (Sec. 4.2)
@@ -204,7 +184,7 @@ def classify(args):
     users = Path(args.users)
     pairs, settings = read_pairs(users)
     data = Path(args.data or settings["data"])
-    rows = rows_by_id(data)
+    rows = evaluate.rows_by_id(data)
     train_groups = select_users(args, users, pairs, rows)
     names = list(train_groups)
     n_groups = sum(len(groups) for groups in train_groups.values())
@@ -217,12 +197,12 @@ def classify(args):
             files = [load_user(Path(folder) / f"{name}.pt") for name in names]
             check_same_shots(kind, folder, users, names, files)
             for state, ranks in rank_by_layer(kind, files, train_groups, args.seed):
-                hits = {str(k): rate_ci((ranks < k).float().tolist()) for k in TOP_K}
+                hits = {str(k): evaluate.rate_ci((ranks < k).float().tolist()) for k in TOP_K}
                 result["states"][state] = hits
     result["chance"] = {str(k): k / len(names) for k in TOP_K}
     if (data / "people.json").is_file():
         result["ceilings"] = ceilings(data, users, names, rows)
-    report(args, result, classify_table(result), dict(figure_2=figure_2(result)))
+    evaluate.report(args, result, classify_table(result), dict(figure_2=figure_2(result)))
 
 
 def select_users(args, users, pairs, rows):
@@ -311,7 +291,7 @@ def ceilings(data, users, names, rows):
     """Top-k accuracy of who reads the four choices perfectly, and of who knows the true taste:
     neither can do better than guess among users of the same taste."""
     weights, _, odds = world.all_tastes()
-    tastes, _ = load_true_tastes(data)
+    tastes, _ = evaluate.load_true_tastes(data)
     distance = torch.cdist(tastes(names), torch.tensor(weights, dtype=torch.float32))
     kind = distance.argmin(1).numpy()  # (users,) which of all_tastes()
     tested = []
@@ -326,8 +306,8 @@ def ceilings(data, users, names, rows):
     n_same_taste = (kind[:, None] == kind).sum(1)
     reader, taste = {}, {}
     for k in TOP_K:
-        reader[str(k)] = rate_ci(np.clip((k - n_better) / n_tied, 0, 1).tolist())
-        taste[str(k)] = rate_ci(np.minimum(1, k / n_same_taste).tolist())
+        reader[str(k)] = evaluate.rate_ci(np.clip((k - n_better) / n_tied, 0, 1).tolist())
+        taste[str(k)] = evaluate.rate_ci(np.minimum(1, k / n_same_taste).tolist())
     return {"a perfect reader of the four choices": reader, "the true taste": taste}
 
 
@@ -359,8 +339,8 @@ def classify_table(result):
     header = [f"embedding, {result['people']} users", *(f"top {k}" for k in TOP_K)]
     rows = [["chance", *(f"{value:.3f}" for value in result["chance"].values())]]
     for name, row in (result["states"] | result.get("ceilings", {})).items():
-        rows.append([name, *map(format_rate, row.values())])
-    return markdown_table(header, rows)
+        rows.append([name, *map(evaluate.format_rate, row.values())])
+    return evaluate.markdown_table(header, rows)
 
 
 # ---------------------------------------------- Fig. 6: the profile in words instead (Sec. 5.2)
@@ -370,15 +350,15 @@ def profiles(args):
         caption a user.
     Win rate and true reward where the truth is known, and how much of the caption is kept: its
     color and shape on the drawn world, else the CLIP score."""
-    adapter, users, pairs, settings = load_run(args)
+    adapter, users, pairs, settings = evaluate.load_run(args)
     data = Path(settings["data"])
-    rows = select_test_pairs(users, pairs, unseen=args.n or 200)["unseen"]
+    rows = evaluate.select_test_pairs(users, pairs, unseen=args.n or 200)["unseen"]
     names = [row["user"] for row in rows]
     captions = [row["caption"] for row in rows]
     seeds = [args.seed + i for i in range(len(rows))]
-    written = load_profiles(args, users, names, data)
+    written = evaluate.load_profiles(args, users, names, data)
     with_profile = [f"{c}, {text}" for c, text in zip(captions, written, strict=True)]
-    dpo = train_baseline(args, adapter, "dpo", users, objective="dpo")
+    dpo = evaluate.train_baseline(args, adapter, "dpo", users, objective="dpo")
     base = load_base_for(adapter, args)
     most = base.tokenizer.model_max_length
     n_truncated = sum(len(base.tokenizer(text).input_ids) > most for text in with_profile)
@@ -390,7 +370,7 @@ def profiles(args):
         "base, profile in the caption": (with_profile, adapter, None),
         "Diffusion-DPO": (captions, dpo, zero_user),
         "Diffusion-DPO, profile in the caption": (with_profile, dpo, zero_user),
-        "PPD": (captions, adapter, load_embeddings(adapter, users, names)),
+        "PPD": (captions, adapter, evaluate.load_embeddings(adapter, users, names)),
     }
     images = {}
     for arm, (prompts, arm_adapter, user) in arms.items():
@@ -409,39 +389,44 @@ def profiles(args):
     likes = [""] * len(names)
     result = dict(arms={})
     if (data / "people.json").is_file():
-        tastes, words = load_true_tastes(data)
+        tastes, words = evaluate.load_true_tastes(data)
         likes = [f"likes {text}\n" for text in words(names)]
         scores = {arm: world.utility(tastes(names).numpy(), images[arm]) for arm in arms}
         for arm in arms:
-            kept = rate_ci(world.fidelity(images[arm], captions))
-            result["arms"][arm] = compare(scores[arm], scores["base"]) | dict(fidelity=kept)
+            kept = evaluate.rate_ci(world.fidelity(images[arm], captions))
+            result["arms"][arm] = evaluate.compare(scores[arm], scores["base"]) | dict(
+                fidelity=kept
+            )
         others = [arm for arm in arms if arm != "PPD"]
-        result["over"] = {arm: compare(scores["PPD"], scores[arm]) for arm in others}
+        result["over"] = {arm: evaluate.compare(scores["PPD"], scores[arm]) for arm in others}
     else:
         for arm in arms:
             clip = score("clip", images[arm], captions, str(base.device))
-            result["arms"][arm] = dict(clip=mean_ci(clip))
+            result["arms"][arm] = dict(clip=evaluate.mean_ci(clip))
     result["profiles"] = dict(zip(names[:8], written, strict=False))
     labels = [f"{captions[i][:60]}\n{likes[i]}VLM: {written[i][:60]}" for i in range(len(rows))][:8]
     sheet = [[images[arm][i] for arm in arms] for i in range(len(labels))]
     titles = [arm.replace(", profile in the caption", "\n+ profile") for arm in arms]
     figure = plots.image_grid(sheet, labels, titles)
-    report(args, result, profiles_table(result), dict(figure_6=figure))
+    evaluate.report(args, result, profiles_table(result), dict(figure_6=figure))
 
 
 def profiles_table(result):
     if "over" not in result:
-        rows = [[arm, format_mean(r["clip"])] for arm, r in result["arms"].items()]
-        return markdown_table(["method", "CLIP score with the caption"], rows)
+        rows = [[arm, evaluate.format_mean(r["clip"])] for arm, r in result["arms"].items()]
+        return evaluate.markdown_table(["method", "CLIP score with the caption"], rows)
     header = ["method", "win rate over base", "95%", "true reward", "colour and shape", "95%"]
     header += ["PPD's win rate over it", "95%", "n"]
     rows = []
     for arm, r in result["arms"].items():
         won, lost = r if arm != "base" else None, result["over"].get(arm)
-        cells = [[f"{x['win_rate']:.3f}", format_ci(x)] if x else ["-", "-"] for x in (won, lost)]
-        kept = [f"{r['fidelity']['rate']:.3f}", format_ci(r["fidelity"])]
+        cells = [
+            [f"{x['win_rate']:.3f}", evaluate.format_ci(x)] if x else ["-", "-"]
+            for x in (won, lost)
+        ]
+        kept = [f"{r['fidelity']['rate']:.3f}", evaluate.format_ci(r["fidelity"])]
         rows.append([arm, *cells[0], f"{r['mean']:+.2f}", *kept, *cells[1], r["n"]])
-    return markdown_table(header, rows)
+    return evaluate.markdown_table(header, rows)
 
 
 EXPERIMENTS = dict(interpolate=interpolate, classify=classify, profiles=profiles)

@@ -1,5 +1,6 @@
 """Charts (matplotlib) and labeled image grids (Pillow), each returned as a PIL image."""
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 # Okabe and Ito's colors, told apart by everybody, and a mark for each
@@ -21,7 +22,7 @@ def to_image(figure):
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    return Image.fromarray(canvas.buffer_rgba().__array__()).convert("RGB")
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
 def split_intervals(values):

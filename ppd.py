@@ -11,8 +11,6 @@ reference model is the same network with the user branch off, so there is no sec
     user = load_user("assets/onehot/light.pt")["embedding"][:1, -1]             # (1, D)
     with adapter.user(adapter(user)):             # the user is set inside this block only
         noise_pred = base.predict(x_t, t, *base.encode_prompts(["a red star"]))
-    latents = base.sample(["a red star"], seeds=[0], adapter=adapter, user_tokens=adapter(user))
-    base.decode(latents, ["a red star"], seeds=[0])[0].save("star.png")
 
 Read in this order: UserAdapter, UserAttnProcessor, ppd_loss; then train.micro_step, which calls
 them. Equation and section numbers are the paper's, https://arxiv.org/abs/2501.06655.
@@ -54,8 +52,7 @@ class UserAdapter(nn.Module):
         self.user_dim = user_dim
         self.channels = list(channels)
         self.n_tokens = tokens
-        self.token_dim = token_dim
-        self.bias = bias
+        self.sizes = dict(user_dim=user_dim, tokens=tokens, token_dim=token_dim, bias=bias)
         self.register_buffer("mean", torch.zeros(user_dim))  # see set_statistics
         self.register_buffer("std", torch.ones(user_dim))
         self.project = nn.Linear(user_dim, tokens * token_dim, bias=bias)
@@ -75,20 +72,13 @@ class UserAdapter(nn.Module):
         self.std.copy_(embeddings.std(0, correction=0).clamp(min=1e-6))
 
     def normalize(self, embedding):
-        """Raw embedding (B, D) -> (B, D) in the training users' standard deviations from their
-        mean.
-
-        All users' VLM states share a large mean component; subtract it before blending users.
-        """
+        """Raw (B, D) -> (B, D) in the training users' standard deviations from their mean. All
+        users' VLM states share a large mean component; subtract it before blending users."""
         return (embedding - self.mean) / self.std
 
     def forward(self, embedding, drop=None, normalized=False):
-        """User tokens of user embeddings.
-
-        embedding: (B, D), raw, or already standardized if `normalized`
-        drop: (B,) bool, True = the zero user (Sec. 4.3's random drop), or None
-        returns (B, L, d)
-        """
+        """User embeddings (B, D), raw or `normalized` already -> user tokens (B, L, d). drop: (B,)
+        bool, True = the zero user (Sec. 4.3's random drop), or None."""
         u = embedding if normalized else self.normalize(embedding)
         if drop is not None:
             u = u.masked_fill(drop[:, None], 0)
@@ -101,11 +91,11 @@ class UserAdapter(nn.Module):
 
     @contextlib.contextmanager
     def user(self, tokens, scale=1.0):
-        """Inside the block the base is the policy: conditioned on these users.
+        """Inside the block the base is the policy: conditioned on these users. Keep backward inside
+        too: activation checkpointing reads the user again there.
 
         tokens: (B, L, d), for a batch of B rows, or of r x B rows in r equal parts
         scale: multiplies the user term of Eq. 7
-        Keep backward inside too: activation checkpointing reads the user again there.
         """
         if self.compiled:
             scale = tokens.new_full((), scale)  # as a tensor it makes no new graph
@@ -117,12 +107,10 @@ class UserAdapter(nn.Module):
 
     @contextlib.contextmanager
     def reference(self, tokens):
-        """Inside the block the base is the reference: the same network, user branch off.
-
-        No gradient is kept. When compiled, graphs with and without a user would round differently
-        and the first loss would miss ln 2: there the reference is the policy's own graph with the
-        user term weighed 0, and `tokens` are its input; detach what it returns.
-        """
+        """Inside the block the base is the reference: the same network, user branch off, without
+        gradient. When compiled, graphs with and without a user would round differently and the
+        first loss would miss ln 2: there the reference is the policy's own graph with these tokens
+        and the user term weighed 0, so detach what it gives."""
         if self.compiled:
             with self.user(tokens, scale=0.0):
                 yield
@@ -131,49 +119,38 @@ class UserAdapter(nn.Module):
                 yield
 
     def install(self, attention_layers):
-        """Hook these layers (diffusers' Attention, frozen and cast already); returns self.
-
-        Raises InputError if the adapter was made for layers of other widths.
-        """
+        """Hook these layers (diffusers' Attention, frozen and cast already); returns self. Raises
+        InputError if the adapter was made for layers of other widths."""
         widths = [layer.to_q.in_features for layer in attention_layers]
         if widths != self.channels:
-            raise InputError(
-                f"{self.path} is for a base with {describe(self.channels)}; "
-                f"this base has {describe(widths)}"
+            ours, theirs = (
+                f"{len(c)} attention layers of widths {sorted(set(c))}"
+                for c in (self.channels, widths)
             )
+            raise InputError(f"{self.path} is for a base with {ours}; this base has {theirs}")
         for layer, to_k, to_v in zip(attention_layers, self.to_k, self.to_v, strict=True):
             layer.set_processor(UserAttnProcessor(self, to_k, to_v))
         return self.to(attention_layers[0].to_q.weight.device)
 
     def save(self, path, **header):
         """Write the adapter's tensors alone as safetensors; sizes and `header` as its metadata."""
-        sizes = dict(user_dim=self.user_dim, channels=self.channels, bias=self.bias)
-        sizes |= dict(tokens=self.n_tokens, token_dim=self.token_dim, format="ppd-adapter-1")
-        metadata = {"ppd": json.dumps(sizes | header, sort_keys=True)}
+        header |= self.sizes | dict(channels=self.channels, format="ppd-adapter-1")
+        metadata = {"ppd": json.dumps(header, sort_keys=True)}
         state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
         write_atomically(path, lambda temporary: save_file(state, temporary, metadata))
 
     @classmethod
     def load(cls, path):
-        """Read what save() wrote; path is the file or its folder.
-
-        Raises InputError, naming file and key, unless every tensor is there in its right shape,
-        finite, and no other is.
-        """
-        path = Path(path)
-        if path.is_dir():
-            path = path / "adapter.safetensors"
+        """Read what save() wrote; path is the file or its folder. Raises InputError, naming file
+        and key, unless every tensor is there in its right shape, finite, and no other is."""
+        path = Path(path, "adapter.safetensors") if Path(path).is_dir() else Path(path)
         if not path.is_file():
-            raise InputError(
-                f"{path}: no such adapter file; train.py writes runs/<name>/adapter.safetensors"
-            )
+            raise InputError(f"{path}: no such adapter file; train.py writes runs/<name>")
         metadata, state = read_safetensors(path)
         try:
-            header = json.loads(metadata.get("ppd", "{}"))
-            assert header["format"] == "ppd-adapter-1"
-        except (ValueError, TypeError, KeyError, AssertionError, RecursionError):
-            raise InputError(f"{path}: no PPD adapter (its header does not say so)") from None
-        try:
+            header = dict(json.loads(metadata.get("ppd", "{}")))
+            if header.get("format") != "ppd-adapter-1":
+                raise ValueError(f"its header says format {header.get('format')!r}")
             sizes = {key: header[key] for key in ("user_dim", "channels", "tokens", "token_dim")}
             with torch.device("meta"):  # no memory yet, whatever size the header says
                 adapter = cls(**sizes, bias=header.get("bias", True))
@@ -183,28 +160,22 @@ class UserAdapter(nn.Module):
                     raise ValueError(f"{name} is not finite, or of another precision than mean")
             if not (adapter.std > 0).all():
                 raise ValueError("std is not above 0")
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             reason = first_line(error, 200)
-            raise InputError(f"{path}: header and tensors do not fit: {reason}") from None
+            raise InputError(f"{path}: no usable PPD adapter ({reason})") from None
         adapter.path = path
         adapter.header = header
         return adapter
 
 
-def describe(channels):
-    widths = "/".join(str(width) for width in sorted(set(channels)))
-    return f"{len(channels)} attention layers of width {widths}"
-
-
 class UserAttnProcessor:
     """Decoupled cross-attention, Eq. 7: Z' = Attention(Q, K, V) + scale * Attention(Q, K', V').
 
-    After IP-Adapter's IPAttnProcessor,
-    https://github.com/tencent-ailab/IP-Adapter/blob/main/ip_adapter/attention_processor.py.
+    After https://github.com/tencent-ailab/IP-Adapter/blob/main/ip_adapter/attention_processor.py.
     Both terms share the query and the layer's own output projection. diffusers calls it: the
-    block's forward -> Attention.forward -> here, once for every attention layer of the base and
-    every forward pass. Deliberately no nn.Module: as one it would move into the base's state dict,
-    and freezing or casting the base would freeze or cast the adapter.
+    block's forward -> Attention.forward -> here, once an attention layer and forward pass.
+    Deliberately no nn.Module: as one it would move into the base's state dict, and freezing or
+    casting the base would freeze or cast the adapter.
     """
 
     def __init__(self, adapter, to_k, to_v):
@@ -213,14 +184,13 @@ class UserAttnProcessor:
         self.to_v = to_v  # W'_v of this layer
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None):
-        """One layer's attention; what a diffusers attention processor takes and gives.
+        """What a diffusers attention processor takes and gives.
 
         attn: the layer, for its projections and number of heads
         hidden_states: (B, C, H, W), the image's positions, which ask
         encoder_hidden_states: (B, N, C), what is attended to; in Stage C the image's own positions
             and the text together, so this one softmax is self- and text cross-attention
         attention_mask: never given by Stage C
-        returns (B, C, H, W)
         """
         b, c, h, w = hidden_states.shape
         x = einops.rearrange(hidden_states, "b c h w -> b (h w) c")
@@ -238,8 +208,7 @@ class UserAttnProcessor:
             user_k = split_heads(self.to_k(tokens)).to(q.dtype)  # K' = u_t W'_k; the adapter is
             user_v = split_heads(self.to_v(tokens)).to(q.dtype)  # float32, the base may not be
             r = b // len(tokens)  # one row of tokens serves both images of a pair, or of guidance
-            user_k = user_k.repeat(r, 1, 1, 1)
-            user_v = user_v.repeat(r, 1, 1, 1)
+            user_k, user_v = user_k.repeat(r, 1, 1, 1), user_v.repeat(r, 1, 1, 1)
             out = out + scale * F.scaled_dot_product_attention(q, user_k, user_v)
 
         out = attn.to_out[0](einops.rearrange(out, "b heads n d -> b n (heads d)"))
@@ -251,40 +220,36 @@ class UserAttnProcessor:
 def denoising_error(pred, target):
     """||eps - eps_theta||^2 of Eq. 1, as the *mean* over latent elements, in at least float32.
 
-    pred, target: (N, C, H, W), what the base predicted and what it should have (the noise, for
-    Stage C); returns (N,). The paper writes the sum; with the mean and T = 1000, beta = 1 of
-    ppd_loss is beta_dpo = 2000 of Diffusion-DPO's code.
+    pred, target: (N, C, H, W), what the base predicted and what it should have: for Stage C the
+    noise. Returns (N,).
     """
     dtype = torch.promote_types(pred.dtype, torch.float32)
     return (target.to(dtype) - pred.to(dtype)).square().mean(dim=(1, 2, 3))
 
 
 def ppd_loss(pred, pred_ref, target, beta, T=1000):
-    """Eq. 6 for B pairs: -log sigmoid(-beta T Delta), omega being 1.
-
-    With a policy that sees no user it is Eq. 3, Diffusion-DPO, as in
+    """Eq. 6 for B pairs: -log sigmoid(-beta T Delta), omega being 1. With a policy that sees no
+    user it is Eq. 3, Diffusion-DPO:
     https://github.com/SalesforceAIResearch/DiffusionDPO/blob/main/train.py.
 
     pred: (2B, C, H, W), the policy's prediction eps_theta(x_t, c, u, t): the B preferred images
         first, then the B dispreferred ones in the same order
     pred_ref: (2B, C, H, W), the reference's, eps_ref(x_t, c, t), without gradient
     target: (2B, C, H, W), the noise that was added
-    beta: strength of the KL constraint; the norm is a mean (see denoising_error), so beta = 1 is
-        beta_dpo = 2000 of Diffusion-DPO's code
+    beta: strength of the KL constraint. The paper's norm is a sum, ours a mean: with it and
+        T = 1000, beta = 1 is beta_dpo = 2000 of Diffusion-DPO's code
 
-    Returns the losses (B,), not yet averaged, and a dict of (B,) tensors without gradient to log:
-    `implicit_accuracy` counts a tie as half (at step 0 every pair is one); `logits` are
-    -beta T Delta; the errors are those of Eq. 1.
+    Returns the losses (B,), not yet averaged, and (B,) tensors without gradient to log: the errors
+    of Eq. 1, `logits` = -beta T Delta, and `implicit_accuracy`, in which a tie counts half (at step
+    0 every pair is one).
     """
     mse = denoising_error(pred, target)
     mse_ref = denoising_error(pred_ref, target)
     mse_preferred, mse_dispreferred = mse.chunk(2)
     mse_ref_preferred, mse_ref_dispreferred = mse_ref.chunk(2)
-
     delta = (mse_preferred - mse_ref_preferred) - (mse_dispreferred - mse_ref_dispreferred)
     logits = -beta * T * delta
     losses = -F.logsigmoid(logits)
-
     log = dict(
         implicit_accuracy=(logits > 0).to(mse.dtype) + 0.5 * (logits == 0).to(mse.dtype),
         logits=logits.detach(),

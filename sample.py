@@ -1,16 +1,14 @@
 """Images for a user and a prompt.
 
-    python sample.py --user assets/ppd/61.pt --prompt "a red star"                 # after the clone
-    python sample.py --user base --user zero --user users/17.pt --prompt "a red star" "a blue
-    circle" python sample.py --user me.pt:0.7 --user users/17.pt:0.3 --user-scale 1.5 --prompt "a
-    red star"
+    python sample.py --user assets/ppd/61.pt --prompt "a red star"  # right after the clone
+    python sample.py --user base --user zero --user users/17.pt --prompt "a red star" "a blue cross"
+    python sample.py --user me.pt:0.7 --user users/17.pt:0.3 --user-scale 1.5 --prompt "a red star"
 
 --user without a weight: one image each, and a labeled grid. With weights: all of them blended into
 one user. `zero` is the population's taste, `base` (or no --user) the untouched base. The settings
 of every image are in its PNG metadata.
 """
 
-import argparse
 import csv
 import json
 import math
@@ -19,41 +17,30 @@ import sys
 from pathlib import Path
 
 import torch
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
+import utils
 from bases import load_base
 from data import embedding_source, load_user
 from plots import image_grid
 from ppd import UserAdapter
-from utils import InputError, hub_file, is_hub_id, pick_device, run_script, write_atomically
-
-SHIPPED = Path(__file__).resolve().parent / "assets" / "ppd"
+from utils import InputError, hub_file, is_hub_id
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = utils.make_parser("sample.py", __doc__)
     add = parser.add_argument
     add("--prompt", nargs="+", default=[], help="one or more captions")
     add("--prompts", help="text file, a caption a line; .tsv with a Prompt column; or a dataset id")
-    add(
-        "--user",
-        action="append",
-        default=[],
-        help="FILE.pt, FILE.pt:WEIGHT, zero, base; repeatable",
-    )
+    add("--user", action="append", default=[], help="FILE.pt[:WEIGHT], zero or base; repeatable")
     add("--user-scale", type=float, default=1.0, help="of Eq. 7's user term; 0: base (%(default)s)")
     add("--group", type=int, default=0, help="which of a user's four-shot groups (%(default)s)")
     add("--adapter", help="default: beside the first user file, else runs/ppd, else assets/ppd")
     add("--base", help="default: the one the adapter was trained on; tiny without one")
     add("--decoder", help="with Stages A and B (default: stabilityai/stable-cascade)")
     add("--seed", type=int, default=0, help="of a prompt's first image (default: %(default)s)")
-    add(
-        "--n", type=int, default=1, help="images a prompt and user, seeds counting up (%(default)s)"
-    )
+    add("--n", type=int, default=1, help="images a prompt and user, seeds count up (%(default)s)")
     add("--steps", type=int, help="denoising steps (default: tiny 20, full scale 30)")
     add("--guidance", type=float, help="1 or less: off (default: tiny 2, full scale 4)")
     add("--size", type=int, default=256, help="enlarge smaller images to, 0: not (%(default)s)")
@@ -71,8 +58,7 @@ def parse_args(argv=None):
     if not 0 <= args.seed < 2**63 - args.n:
         parser.error(f"--seed {args.seed}: expected 0 to 2^63")
     args.user = [parse_user(spec, parser.error) for spec in args.user or ["base"]]
-    weighted = {weight is not None for _, weight in args.user}
-    if len(weighted) > 1:
+    if len({weight is None for _, weight in args.user}) > 1:
         parser.error("--user: give every user a weight (blended into one) or none (an image each)")
     if args.adapter is None and any(name != "base" for name, _ in args.user):
         args.adapter = find_adapter(args.user)
@@ -88,10 +74,8 @@ def parse_user(spec, error):
         except ValueError:
             error(f"--user {spec}: {weight!r} is no weight; expected FILE.pt:0.7")
         if name == "base" or not math.isfinite(weight):
-            error(
-                f"--user {spec}: expected FILE.pt:WEIGHT with a finite weight; the base cannot be "
-                "blended, see --user-scale"
-            )
+            advice = "the base cannot be blended, see --user-scale"
+            error(f"--user {spec}: expected FILE.pt:WEIGHT with a finite weight; {advice}")
     if name not in ("zero", "base") and not Path(name).is_file():
         error(f"--user {spec}: no such file; expected one that embed.py wrote, 'zero' or 'base'")
     return name, weight
@@ -100,16 +84,15 @@ def parse_user(spec, error):
 def find_adapter(users):
     """The adapter beside the first user file, else runs/ppd's, else the shipped one."""
     folders = [Path(name).parent for name, _ in users if name not in ("zero", "base")][:1]
-    for folder in (*folders, Path("runs/ppd"), SHIPPED):
+    for folder in (*folders, Path("runs/ppd"), Path(__file__).resolve().parent / "assets/ppd"):
         if (folder / "adapter.safetensors").exists():
             return str(folder)
 
 
 # ------------------------------------------------------------------------------- inputs
 def read_prompts(source):
-    """Captions of a text file, one a line; of a .tsv's Prompt column, quotation marks kept
-    (PartiPrompts has captions that begin with one); or of PartiPrompts.tsv in a dataset
-    repository."""
+    """Captions of a text file, one a line; of a .tsv's Prompt column, quotation marks kept (some of
+    PartiPrompts begin with one); or of PartiPrompts.tsv in a dataset repository."""
     path = hub_file(source, "PartiPrompts.tsv", "dataset") if is_hub_id(source) else Path(source)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -130,7 +113,7 @@ def load_base_for(adapter, args):
     """The base that the adapter was trained on, unless --base says another, with it installed."""
     header = adapter.header if adapter else {}
     name = args.base or header.get("base", "tiny")
-    device = pick_device(args.device)
+    device = utils.pick_device(args.device)
     base = load_base(name, device, decoder=args.decoder, grid=header.get("grid", 24))
     if adapter:
         adapter.install(base.attention_layers())
@@ -138,52 +121,43 @@ def load_base_for(adapter, args):
 
 
 def load_user_embedding(adapter, name, group=0):
-    """A user file's group as a standardized embedding (1, D), or the zero user's. To a
-    Diffusion-DPO
-    adapter everybody is the zero user: it has seen nobody else."""
+    """A user file's group as a standardized embedding (1, D), or the zero user's: a Diffusion-DPO
+    adapter has seen nobody else. Raises InputError if the adapter cannot understand the file."""
     if name == "zero" or adapter.header.get("objective") == "dpo":
         return torch.zeros_like(adapter.mean)[None]
     user = load_user(name)
     embedding = user["embedding"]
     if embedding.shape[2] != adapter.user_dim:
-        raise InputError(
-            f"{name}: embedding of width {embedding.shape[2]}, but {adapter.path} was trained on "
-            f"width {adapter.user_dim}"
-        )
+        trained = f"{adapter.path} was trained on width {adapter.user_dim}"
+        raise InputError(f"{name}: embedding of width {embedding.shape[2]}, but {trained}")
     reader = adapter.header.get("reader")
     if reader and embedding_source(user) != reader:
-        raise InputError(
-            f"{name}: read by {embedding_source(user)}, but {adapter.path} was trained on users "
-            f"read by {reader} (VLM, layer, after a profile)"
-        )
+        trained = f"{adapter.path} was trained on users read by {reader}"
+        details = "(VLM, layer, after a profile)"
+        raise InputError(f"{name}: read by {embedding_source(user)}, but {trained} {details}")
     if not 0 <= group < len(embedding):
         raise InputError(f"--group {group}: {name} has groups 0 to {len(embedding) - 1}")
-    with torch.no_grad():
-        return adapter.normalize(embedding[group, -1:].to(adapter.mean))
+    return adapter.normalize(embedding[group, -1:].to(adapter.mean))
 
 
 # ------------------------------------------------------------------------------- images
-def generate(
-    base, prompts, seeds, adapter=None, user=None, batch=32, desc=None, **sampling_settings
-):
+@torch.no_grad()
+def generate(base, prompts, seeds, adapter=None, user=None, batch=32, desc=None, **settings):
     """PIL images of prompts, one seed each.
 
     user: standardized embedding, (1, D) for all, a row a prompt, or None: the base
-    desc: title of a progress bar, or None for none
+    desc: title of a progress bar, or None for none; settings: of base.sample
     """
     images = []
-    with torch.no_grad():
-        tokens = None
-        if user is not None:
-            tokens = adapter(user.to(base.device), normalized=True).expand(len(prompts), -1, -1)
-        starts = range(0, len(prompts), batch)
-        for i in tqdm(starts, desc=desc, disable=None if desc else True, leave=False):
-            part = slice(i, i + batch)
-            user_tokens = None if tokens is None else tokens[part]
-            latents = base.sample(
-                prompts[part], seeds[part], adapter, user_tokens, **sampling_settings
-            )
-            images += base.decode(latents, prompts[part], seeds[part])
+    tokens = None
+    if user is not None:
+        tokens = adapter(user.to(base.device), normalized=True).expand(len(prompts), -1, -1)
+    starts = range(0, len(prompts), batch)
+    for i in tqdm(starts, desc=desc, disable=None if desc else True, leave=False):
+        part = slice(i, i + batch)
+        user_tokens = None if tokens is None else tokens[part]
+        latents = base.sample(prompts[part], seeds[part], adapter, user_tokens, **settings)
+        images += base.decode(latents, prompts[part], seeds[part])
     return images
 
 
@@ -199,36 +173,24 @@ def preview(base, adapter, captions, users, path):
     base.codec.free_decoder()
     path.parent.mkdir(exist_ok=True)
     sheet = image_grid(list(zip(*images, strict=True)), captions, list(columns))
-    write_atomically(path, lambda file: sheet.save(file, "PNG"))
+    utils.write_atomically(path, lambda file: sheet.save(file, "PNG"))
 
 
 def blend_or_list(args, adapter):
     """--user as columns: {label: (standardized embedding or None, its [(name, weight), ...])}."""
-    embeddings = [
-        None if name == "base" else load_user_embedding(adapter, name, args.group)
-        for name, _ in args.user
-    ]
     stems = [Path(name).stem for name, _ in args.user]
-    if args.user[0][1] is not None:  # standardized: users' states share a large mean component
-        label = " + ".join(f"{w:g} {stem}" for stem, (_, w) in zip(stems, args.user, strict=True))
-        blend = sum(w * u for u, (_, w) in zip(embeddings, args.user, strict=True))
-        return {label: (blend, args.user)}
-    labels = [  # files of one name are told apart by their folders
-        name if stems.count(stem) > 1 else stem
-        for stem, (name, _) in zip(stems, args.user, strict=True)
-    ]
-    columns = zip(embeddings, [[user] for user in args.user], strict=True)
-    return dict(zip(labels, columns, strict=True))
-
-
-def save_image(image, path, size, settings):
-    """PNG with its settings in the metadata; smaller images are enlarged to `size`."""
-    info = PngInfo()
-    info.add_text("ppd", json.dumps(settings))
-    if 0 < image.width < size:
-        image = image.resize((size, size), Image.BICUBIC)
-    image.save(path, pnginfo=info)
-    print(path)
+    columns = {}
+    terms = []
+    blend = 0
+    for stem, (name, weight) in zip(stems, args.user, strict=True):
+        user = None if name == "base" else load_user_embedding(adapter, name, args.group)
+        if weight is None:
+            label = name if stems.count(stem) > 1 else stem  # one name: told apart by the folders
+            columns[label] = (user, [(name, weight)])
+        else:  # standardized: users' states share a large mean component
+            blend = blend + weight * user
+            terms.append(f"{weight:g} {stem}")
+    return columns or {" + ".join(terms): (blend, args.user)}
 
 
 def run(args):
@@ -246,36 +208,38 @@ def run(args):
             print(f"warning: {message}", file=sys.stderr)
 
     prompts = [caption for caption in captions for _ in range(args.n)]
-    seeds = [args.seed + i for _ in captions for i in range(args.n)]
-    sampling_settings = dict(
-        user_scale=args.user_scale,
-        steps=args.steps or base.steps,
-        guidance=base.guidance if args.guidance is None else args.guidance,
-    )
+    seeds = [args.seed + i for i in range(args.n)] * len(captions)
+    sampling = dict(user_scale=args.user_scale, steps=args.steps or base.steps)
+    sampling["guidance"] = base.guidance if args.guidance is None else args.guidance
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     made = {}
     for label, (user, users) in columns.items():
-        made[label] = generate(base, prompts, seeds, adapter, user, desc=label, **sampling_settings)
+        made[label] = generate(base, prompts, seeds, adapter, user, desc=label, **sampling)
         used = str(adapter.path) if user is not None else None
         for i, image in enumerate(made[label]):
             settings = dict(prompt=prompts[i], seed=seeds[i], user=users, group=args.group)
-            settings |= dict(base=base.name, adapter=used) | sampling_settings
+            settings |= dict(base=base.name, adapter=used) | sampling
             number = f"{i // args.n:04d}-" if len(captions) > 1 else ""  # prompts may begin alike
-            name = f"{prompts[i][:60]}_{label[-60:]}_{seeds[i]}"
-            name = number + re.sub(r"[^\w.-]+", "-", name) + ".png"
-            save_image(image, out / name, args.size, settings)
+            name = re.sub(r"[^\w.-]+", "-", f"{prompts[i][:60]}_{label[-60:]}_{seeds[i]}")
+            path = out / f"{number}{name}.png"
+            info = PngImagePlugin.PngInfo()
+            info.add_text("ppd", json.dumps(settings))
+            if 0 < image.width < args.size:
+                image = image.resize((args.size, args.size), Image.BICUBIC)
+            image.save(path, pnginfo=info)
+            print(path)
     if len(prompts) * len(columns) > 1:
         labels = prompts
         if args.n > 1:
-            labels = [f"{c}, {seed}" for c, seed in zip(prompts, seeds, strict=True)]
+            labels = [f"{prompt}, {seed}" for prompt, seed in zip(prompts, seeds, strict=True)]
         sheet = image_grid(list(zip(*made.values(), strict=True)), labels, list(columns), 128)
         sheet.save(out / "grid.png")
         print(out / "grid.png")
 
 
 def main(argv=None):
-    run_script("sample.py", run, parse_args(argv))
+    utils.run_script("sample.py", run, parse_args(argv))
 
 
 if __name__ == "__main__":

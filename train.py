@@ -11,7 +11,6 @@ logged step) and previews/. The baselines are the same loop: --objective dpo is 
 images with the user as condition.
 """
 
-import argparse
 import contextlib
 import datetime
 import json
@@ -28,55 +27,23 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+import utils
 from bases import load_base
 from data import PreferencePairs, collate, load_training_data, loading, open_images
 from ppd import UserAdapter, denoising_error, ppd_loss
 from sample import preview
-from utils import (
-    InputError,
-    all_gather_objects,
-    all_reduce_sum,
-    append_line,
-    first_line,
-    flag,
-    load_checkpoint,
-    pick_device,
-    pick_dtype,
-    rank_and_world,
-    read_jsonl,
-    run_script,
-    save_checkpoint,
-    write_jsonl,
-)
+from utils import InputError
 
-# Defaults by base and kind of users; every one is a flag.
-DEFAULTS = {
-    "tiny": dict(
-        batch=32,  # pairs a step, over all GPUs together
-        micro=32,  # pairs a GPU holds at once; the rest is accumulated
-        lr=1e-3,
-        beta=1.0,
-        t_min=0.85,  # below, a pair's difference drowns in the noise of its gradient
-        max_steps=400,
-        warmup=20,  # steps
-        decay="cosine",
-        tokens=4,
-        token_dim=64,
-    )
-}
-DEFAULTS["tiny, one-hot"] = DEFAULTS["tiny"] | dict(lr=5e-4, beta=6.0, max_steps=300)
-DEFAULTS["full"] = dict(
-    batch=768,  # the paper's
-    micro=8,
-    lr=1e-5,  # the paper's
-    beta=1.0,
-    t_min=0.001,
-    max_steps=None,  # one epoch
-    warmup=20,
-    decay="constant",
-    tokens=4,
-    token_dim=1024,
-)
+# Defaults by base and kind of users; every one is a flag. batch: pairs a step, over all GPUs
+# together; micro: pairs a GPU holds at once, the rest is accumulated; t_min: timesteps are from
+# [t_min, 1] (on the tiny base a pair's difference drowns in the noise of its gradient below 0.85);
+# max_steps: None is one epoch; warmup: steps; tokens, token_dim: user tokens and their width
+TINY = dict(batch=32, micro=32, lr=1e-3, beta=1.0, t_min=0.85, max_steps=400, decay="cosine")
+TINY |= dict(warmup=20, tokens=4, token_dim=64)
+FULL = dict(batch=768, micro=8, lr=1e-5, beta=1.0, t_min=0.001, max_steps=None, decay="constant")
+FULL |= dict(warmup=20, tokens=4, token_dim=1024)
+ONE_HOT = TINY | dict(lr=5e-4, beta=6.0, max_steps=300)
+DEFAULTS = {"tiny": TINY, "tiny, one-hot": ONE_HOT, "full": FULL}
 # what the adapter's header tells of its training, and what a resumed run may change
 HEADER_KEYS = (*(key for key in DEFAULTS["full"] if key != "micro"), "clip", "user_drop", "noise")
 HEADER_KEYS += ("bias_free", "seed", "dtype", "only")
@@ -85,9 +52,7 @@ RESUME_MAY_CHANGE += ("checkpointing", "compile", "save_every", "log_every", "pr
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="train.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = utils.make_parser("train.py", __doc__)
 
     def by_base(key):
         values = [f"{name} {defaults[key] or 'one epoch'}" for name, defaults in DEFAULTS.items()]
@@ -144,16 +109,14 @@ def fill_defaults(args, error):
         one_hot = json.loads(pq.read_metadata(pairs).metadata[b"ppd"]).get("one_hot")
     except Exception as problem:  # pyarrow raises several kinds
         error(f"{pairs}: not a pairs file of embed.py ({type(problem).__name__})")
-    folder = Path(args.base.partition(":")[0])
-    if args.base == "tiny" or (folder / "codec").is_dir():  # a retrained tiny base is one too
-        defaults = DEFAULTS["tiny, one-hot" if one_hot else "tiny"]
-    else:
-        defaults = DEFAULTS["full"]
-    for key, value in defaults.items():
+    has_codec = (Path(args.base.partition(":")[0]) / "codec").is_dir()  # a retrained tiny base
+    kind = "tiny" if args.base == "tiny" or has_codec else "full"
+    kind = "tiny, one-hot" if kind == "tiny" and one_hot else kind
+    for key, value in DEFAULTS[kind].items():
         if getattr(args, key) is None:
-            if key == "micro":
-                value = max(1, min(value, args.batch // rank_and_world()[1]))
             setattr(args, key, value)
+            if key == "micro":
+                args.micro = max(1, min(value, args.batch // utils.rank_and_world()[1]))
 
 
 def check_args(args, error):
@@ -161,7 +124,7 @@ def check_args(args, error):
         for key in keys.split():
             value = getattr(args, key)
             if value is not None and not is_good(value):
-                error(f"{flag(key)} {value}: expected {expected}")
+                error(f"{utils.flag(key)} {value}: expected {expected}")
 
     counts = "batch micro max_steps save_every log_every tokens token_dim grid"
     check(counts, lambda v: v >= 1, "1 or more")
@@ -169,7 +132,7 @@ def check_args(args, error):
     check("beta lr clip", lambda v: 0 < v < math.inf, "a number above 0")
     check("t_min", lambda v: 0 < v < 1, "a timestep in (0, 1)")
     check("user_drop", lambda v: 0 <= v <= 1, "a share in [0, 1]")
-    together = args.micro * rank_and_world()[1]
+    together = args.micro * utils.rank_and_world()[1]
     if args.batch % together:
         error(f"--batch {args.batch}: expected a multiple of --micro x processes = {together}")
     if not args.resume and (Path(args.out) / "state.pt").exists():
@@ -236,8 +199,7 @@ def learning_rate(step, args):
 
 @torch.no_grad()
 def validate(base, adapter, batches, args):
-    """Means over the fixed validation pairs, those of all ranks, as validation_*; {} without
-    any."""
+    """Means over the fixed validation pairs of all ranks, as validation_*; {} without any."""
     values = {}
     user_drop = 1.0 if args.objective == "dpo" else 0.0
     for batch in batches:
@@ -246,7 +208,7 @@ def validate(base, adapter, batches, args):
             log = dict(loss=losses, **log)
         for key, value in log.items():
             values.setdefault(f"validation_{key}", []).extend(value.tolist())
-    parts = all_gather_objects(values)
+    parts = utils.all_gather_objects(values)
     means = {}
     for key in parts[0]:
         numbers = [number for part in parts for number in part.get(key, [])]
@@ -265,9 +227,10 @@ def training_step(step, args, base, adapter, batches, stop, save):
     all ranks, if a number is not finite.
     """
     began = time.time()
-    _, world_size = rank_and_world()
+    _, world_size = utils.rank_and_world()
     user_drop = 1.0 if args.objective == "dpo" else args.user_drop  # Eq. 3 sees no user
-    total, saved = 0, False
+    total = 0
+    saved = False
     for batch in islice(batches, args.batch // (args.micro * world_size)):
         if args.objective == "sft":
             losses, log = sft_micro_step(base, adapter, batch, user_drop, args.batch)
@@ -281,30 +244,29 @@ def training_step(step, args, base, adapter, batches, stop, save):
     parameters = list(adapter.parameters())
     total = torch.cat([total / args.batch, total.new_full((1,), len(stop))])
     if world_size > 1:  # the only exchange of training
-        all_reduce_sum([total, *(p.grad for p in parameters)])
+        utils.all_reduce_sum([total, *(p.grad for p in parameters)])
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
     # the step's only wait for the GPU
     *means, n_stop, grad_norm = torch.cat([total, grad_norm[None].to(total.dtype)]).tolist()
 
     line = dict(zip(("step", "loss", *log), (step, *means), strict=True), grad_norm=grad_norm)
+    line["lr"] = learning_rate(step, args)
     line["pairs_per_second"] = round(args.batch / (time.time() - began), 2)
     if base.device.type == "cuda":
         line["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     wrong = [key for key, value in line.items() if not math.isfinite(value)]
     if wrong:
-        finite = all_gather_objects(math.isfinite(local_loss.item()))
+        finite = utils.all_gather_objects(math.isfinite(local_loss.item()))
         ranks = [str(rank) for rank, is_finite in enumerate(finite) if not is_finite]
         where = f"the loss of rank {', '.join(ranks)}" if ranks else ", ".join(wrong[:3])
-        raise InputError(
-            f"step {step}: not finite: {where}. The step was not taken, the last checkpoint is "
-            f"kept; try a lower --lr or a larger --warmup"
-        )
+        advice = "the last checkpoint is kept; try a lower --lr or a larger --warmup"
+        raise InputError(f"step {step}: not finite: {where}. The step was not taken, {advice}")
     return line, n_stop > 0
 
 
 # ----------------------------------------------------------------------- parts of a run
 def print0(*text):
-    if rank_and_world()[0] == 0:
+    if utils.rank_and_world()[0] == 0:
         print(*text)
 
 
@@ -339,59 +301,55 @@ def make_adapter(args, base, rows, embeddings, reader):
 def resume(args, config, adapter, optimizer):
     """Put the checkpoint in --out back, if there is one and --resume; returns the steps done."""
     start = 0
-    state = load_checkpoint(args.out, config) if args.resume else None
+    state = utils.load_checkpoint(args.out, config) if args.resume else None
     if state is not None:
         fused = optimizer.param_groups[0]["fused"]  # this device's way, not the checkpoint's
         try:
             adapter.load_state_dict(state["adapter"])
             optimizer.load_state_dict(state["optimizer"])
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"--resume: the checkpoint is of another base: {first_line(error)}"
-            ) from None
+            problem = f"the checkpoint is of another base: {utils.first_line(error)}"
+            raise InputError(f"--resume: {problem}") from None
         optimizer.param_groups[0]["fused"] = fused
         start = state["step"]
     elif args.resume:
         print0(f"--resume: nothing to resume in {args.out}, starting at 0")
-    steps = sorted(set(all_gather_objects(start)))
+    steps = sorted(set(utils.all_gather_objects(start)))
     if len(steps) > 1:
-        raise InputError(
-            f"--out {args.out}: the processes find checkpoints of steps {steps}; all must see one "
-            "folder"
-        )
+        problem = f"the processes find checkpoints of steps {steps}; all must see one folder"
+        raise InputError(f"--out {args.out}: {problem}")
     return start
 
 
 def print_plan(args, base, adapter, rows, images):
     """The derived numbers of a run, before it starts."""
-    _, world_size = rank_and_world()
-    frozen = sum(p.numel() for p in base.prior.parameters()) / 1e6
-    trained = sum(p.numel() for p in adapter.parameters()) / 1e6
+    _, world_size = utils.rank_and_world()
+    frozen, trained = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (base.prior, adapter))
     n_pairs = len(rows["train"])
     n_users = len({row["user"] for row in rows["train"]})
-    accumulated = args.batch // (args.micro * world_size)
+    epochs = args.max_steps * args.batch / n_pairs
     print0(
         f"base {args.base} on {base.device}, {base.dtype}: {frozen:.1f}M frozen parameters, "
         f"{len(base.channels)} attention layers; adapter {trained:.2f}M, {args.tokens} tokens of "
         f"{args.token_dim}\n{n_pairs} training pairs of {n_users} users, {images.kind}; "
-        f"{args.batch} a step = {args.micro} x {world_size} processes x {accumulated} accumulated; "
-        f"{args.max_steps} steps = {args.max_steps * args.batch / n_pairs:.2f} epochs\n"
-        f"objective {args.objective}, beta {args.beta:g}, t from {args.t_min:g} to 1, lr "
-        f"{args.lr:g} ({args.decay}, {args.warmup} warm-up), user drop {args.user_drop:g}, seed "
-        f"{args.seed}"
+        f"{args.batch} a step = {args.micro} x {world_size} processes x "
+        f"{args.batch // (args.micro * world_size)} accumulated; {args.max_steps} steps = "
+        f"{epochs:.2f} epochs\nobjective {args.objective}, beta {args.beta:g}, t from "
+        f"{args.t_min:g} to 1, lr {args.lr:g} ({args.decay}, {args.warmup} warm-up), user drop "
+        f"{args.user_drop:g}, seed {args.seed}"
     )
 
 
 def batch_indices(step, micro_step, args):
     """Which of the training sequence's pairs this rank holds in a micro-step."""
-    rank, world_size = rank_and_world()
+    rank, world_size = utils.rank_and_world()
     first = step * args.batch + (micro_step * world_size + rank) * args.micro
     return range(first, first + args.micro)
 
 
 def validation_batches(dataset, n, args, to_batch):
     """This rank's part of the first n validation pairs, as micro-batches."""
-    rank, world_size = rank_and_world()
+    rank, world_size = utils.rank_and_world()
     batches = []
     for k in range(rank * args.micro, n, world_size * args.micro):
         indices = range(k, min(k + args.micro, n))
@@ -411,55 +369,39 @@ def preview_inputs(adapter, rows, embeddings, objective):
 
 
 # --------------------------------------------------------------------------------- a run
-def load_training_base(args, device):
-    base = load_base(args.base, device, pick_dtype(args.dtype, device), args.decoder, args.grid)
-    if args.checkpointing:
-        base.prior.enable_gradient_checkpointing()
-    if args.compile:
-        base.compile_blocks()
-    return base
-
-
 def save_run(args, config, header, adapter, optimizer, step):
     """The adapter for sample.py and the state for --resume, by rank 0."""
-    if rank_and_world()[0] == 0:
+    if utils.rank_and_world()[0] == 0:
         adapter.save(Path(args.out) / "adapter.safetensors", step=step, **header)
         state = dict(adapter=adapter.state_dict(), optimizer=optimizer.state_dict())
-        save_checkpoint(args.out, step=step, config=config, **state)
-
-
-def set_learning_rate(optimizer, step, args):
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, args)
+        utils.save_checkpoint(args.out, step=step, config=config, **state)
 
 
 def start_log(args, start):
-    """The run's folder; what lost steps had written after the checkpoint is taken out of its
-    log."""
+    """The run's folder; what lost steps had logged after the checkpoint is taken out."""
     log = Path(args.out) / "train.jsonl"
-    if rank_and_world()[0] == 0:
+    if utils.rank_and_world()[0] == 0:
         log.parent.mkdir(parents=True, exist_ok=True)
-        lines = read_jsonl(log) if log.exists() else []
-        write_jsonl(log, [line for line in lines if line.get("step", start) < start])
+        lines = utils.read_jsonl(log) if log.exists() else []
+        utils.write_jsonl(log, [line for line in lines if line.get("step", start) < start])
 
 
 def log_line(args, line):
     """A line for train.jsonl, and a warning if both errors explode, as Diffusion-DPO's can."""
-    if rank_and_world()[0] != 0:
+    if utils.rank_and_world()[0] != 0:
         return
-    append_line(Path(args.out) / "train.jsonl", json.dumps(line))
+    utils.append_line(Path(args.out) / "train.jsonl", json.dumps(line))
     error, reference = line.get("error_preferred", 0), line.get("error_ref_preferred", math.inf)
     if error > 1.5 * reference:
         print(
             f"warning: step {line['step']}: the preferred images' error is {error / reference:.1f} "
-            f"x the reference's; both errors exploding is how Diffusion-DPO fails: try a larger "
-            f"--beta or a lower --lr"
+            "x the reference's; Diffusion-DPO fails so: try a larger --beta or a lower --lr"
         )
 
 
 def run(args):
-    rank, world_size = rank_and_world()
-    device = pick_device(args.device)
+    rank, world_size = utils.rank_and_world()
+    device = utils.pick_device(args.device)
     if world_size > 1:  # rank 0 may paint previews meanwhile
         backend = "nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
@@ -467,10 +409,15 @@ def run(args):
     # data, the frozen base, the adapter, the optimizer
     rows, embeddings, reader, settings = load_training_data(args.users, args.only)
     args.max_steps = args.max_steps or math.ceil(len(rows["train"]) / args.batch)  # one epoch
-    base = load_training_base(args, device)
-    data = args.data or settings["data"]
+    dtype = utils.pick_dtype(args.dtype, device)
+    base = load_base(args.base, device, dtype, args.decoder, args.grid)
+    if args.checkpointing:
+        base.prior.enable_gradient_checkpointing()
+    if args.compile:
+        base.compile_blocks()
+    data_folder = args.data or settings["data"]
     used_rows = rows["train"] + rows["validation"]
-    images = open_images(data, args.latents, used_rows, base.codec, base.dtype)
+    images = open_images(data_folder, args.latents, used_rows, base.codec, base.dtype)
     adapter = make_adapter(args, base, rows, embeddings, reader)
     fused = device.startswith("cuda")
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=args.lr, fused=fused)  # torch's defaults
@@ -490,27 +437,19 @@ def run(args):
 
     # micro-batches: this rank's of the endless training sequence, and the same validation pairs,
     # noise and timesteps every time, whatever --seed
-    make_examples = partial(
-        PreferencePairs,
-        embeddings=embeddings,
-        load_images=images,
-        latent_shape=base.latent_shape,
-        separate_noise=args.noise == "separate",
-        t_min=args.t_min,
-    )
+    how = dict(latent_shape=base.latent_shape, t_min=args.t_min)
+    how |= dict(separate_noise=args.noise == "separate")
+    make_examples = partial(PreferencePairs, embeddings=embeddings, load_images=images, **how)
     to_batch = partial(collate, tokenize=base.tokenize)
     n_val = min(64, len(rows["validation"]))
     val_examples = make_examples(rows["validation"], seed=0)
     val_batches = validation_batches(val_examples, n_val, args, to_batch)
     n_micro = args.batch // (args.micro * world_size)
     steps = range(start, args.max_steps)
-    loader = loading(
-        make_examples(rows["train"], seed=args.seed),
-        batch_sampler=[batch_indices(step, m, args) for step in steps for m in range(n_micro)],
-        collate_fn=to_batch,
-        num_workers=args.workers,
-        pin_memory=device.startswith("cuda"),
-    )
+    batch_sampler = [batch_indices(step, m, args) for step in steps for m in range(n_micro)]
+    how = dict(batch_sampler=batch_sampler, collate_fn=to_batch, num_workers=args.workers)
+    train_examples = make_examples(rows["train"], seed=args.seed)
+    loader = loading(train_examples, **how, pin_memory=device.startswith("cuda"))
     preview_captions, preview_users = preview_inputs(adapter, rows, embeddings, args.objective)
     # on a CPU the fused backward of attention is slow: plain matrix products are quicker
     plain_attention = sdpa_kernel(SDPBackend.MATH) if device == "cpu" else contextlib.nullcontext()
@@ -518,16 +457,17 @@ def run(args):
     with stop_requests() as stop, loader as batches, plain_attention:
         progress = tqdm(total=args.max_steps, initial=start, disable=None if rank == 0 else True)
         for step in steps:
-            set_learning_rate(optimizer, step, args)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args)
             line, stopping = training_step(step, args, base, adapter, batches, stop, save)
-            line["lr"] = learning_rate(step, args)
             last = step + 1 == args.max_steps
             if step % args.log_every == 0 or last:
                 line |= validate(base, adapter, val_batches, args)
                 log_line(args, line)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            progress.set_postfix_str(f"loss {line['loss']:.3f}", refresh=False)
+            accuracy = line.get("implicit_accuracy", math.nan)
+            progress.set_postfix_str(f"loss {line['loss']:.3f}, implicit accuracy {accuracy:.2f}")
             progress.update()
             if (step + 1) % args.save_every == 0 or last or stopping:
                 save(step + 1)
@@ -546,7 +486,7 @@ def run(args):
 
 
 def main(argv=None):
-    run_script("train.py", run, parse_args(argv))
+    utils.run_script("train.py", run, parse_args(argv))
 
 
 if __name__ == "__main__":

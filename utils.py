@@ -1,6 +1,6 @@
-"""Files, checkpoints, processes and devices: what every script needs and nobody has to read
-first."""
+"""Files, checkpoints, processes and devices: what every script needs, and no part of the method."""
 
+import argparse
 import json
 import os
 import re
@@ -23,13 +23,9 @@ def first_line(error, limit=150):
     return " ".join(str(error).split())[:limit]
 
 
-# ------------------------------------------------------------------------------ files
 def write_atomically(path, write):
     """Call write(temporary path), then put the file in place: readers see all of it or none.
-
-    Raises InputError if it cannot be written, for example on a full disk; what was there before
-    stays.
-    """
+    Raises InputError if that fails, as on a full disk; what was there before stays."""
     temporary = Path(f"{path}.tmp")
     try:
         write(temporary)
@@ -38,9 +34,8 @@ def write_atomically(path, write):
         os.replace(temporary, path)
     except (OSError, SafetensorError, RuntimeError) as error:  # torch wraps a failed write
         temporary.unlink(missing_ok=True)
-        raise InputError(
-            f"{path}: cannot be written ({first_line(error, 120)}); what was there before is kept"
-        ) from None
+        problem = f"cannot be written ({first_line(error, 120)})"
+        raise InputError(f"{path}: {problem}; what was there before is kept") from None
 
 
 def append_line(path, text):
@@ -99,33 +94,26 @@ def torch_load_safe(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-# ------------------------------------------------------------------------ checkpoints
 def save_checkpoint(folder, **state):
     """<folder>/state.pt, what a run needs to go on, atomically."""
     write_atomically(Path(folder) / "state.pt", lambda path: torch.save(state, path))
 
 
 def load_checkpoint(folder, config):
-    """What save_checkpoint() wrote, on the CPU, or None if there is none.
-
-    Raises InputError if it cannot be read, or if its `config` says otherwise than this one: every
-    difference is named.
-    """
+    """What save_checkpoint() wrote, on the CPU, or None if there is none. Raises InputError if it
+    cannot be read, or if its `config` says otherwise than this one: every difference is named."""
     path = Path(folder) / "state.pt"
     if not path.exists():
         return None
     try:
         state = torch_load_safe(path)
-        assert isinstance(state["step"], int)
+        assert isinstance(state["step"], int) and isinstance(state.get("config", {}), dict)
     except (OSError, MemoryError):  # says nothing against the file
         raise
     except Exception as error:  # torch raises many kinds: unpickling, zip, end of file
-        raise InputError(
-            f"cannot resume from {path} ({type(error).__name__}); start again in another folder"
-        ) from None
-    before = state.get("config")
-    if not isinstance(before, dict):
-        before = {}
+        problem = f"cannot resume from {path} ({type(error).__name__})"
+        raise InputError(f"{problem}; start again in another folder") from None
+    before = state.get("config", {})
     different = [key for key in config if key in before and before[key] != config[key]]
     if different:
         changes = "; ".join(
@@ -140,7 +128,6 @@ def flag(key):
     return key if " " in key else "--" + key.replace("_", "-")
 
 
-# -------------------------------------------------------------------- pretrained models
 def is_hub_id(name):
     """Whether a string that is no folder here reads like owner/name on the hub."""
     looks_like_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) is not None
@@ -159,19 +146,12 @@ def hub_file(repo, name, kind="model"):
     try:
         return Path(hf_hub_download(repo, name, repo_type=kind))
     except (OSError, ValueError) as error:
-        raise InputError(f"{repo}: cannot get {name} from the hub: {headline(error)}") from None
-
-
-def headline(error):
-    """The first line of a library's error message."""
-    return str(error).strip().splitlines()[0]
+        raise InputError(f"{repo}: cannot get {name} from the hub: {first_line(error)}") from None
 
 
 def load_frozen(cls, folder, device, **load_kwargs):
-    """cls.from_pretrained(folder), in eval mode and without gradients.
-
-    Raises OSError if a tensor is missing from the files: it would be random.
-    """
+    """cls.from_pretrained(folder), in eval mode and without gradients. Raises OSError if a tensor
+    is missing from the files: it would be random."""
     model, info = cls.from_pretrained(folder, output_loading_info=True, **load_kwargs)
     missing = sorted(info["missing_keys"])
     if missing:
@@ -180,7 +160,6 @@ def load_frozen(cls, folder, device, **load_kwargs):
     return model.to(device).eval().requires_grad_(False)
 
 
-# ---------------------------------------------------------------- processes and devices
 def rank_and_world():
     """This process's number and how many there are, as torchrun says; 0 and 1 without it."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -206,21 +185,15 @@ def all_reduce_sum(tensors):
 
 def pick_device(name="auto"):
     """A --device as PyTorch's device string; under torchrun on GPUs, this process's own GPU."""
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
-        name = next(kind for kind in available if available[kind])
-    if not available[name]:
+        name = next((kind for kind, is_there in available.items() if is_there), "cpu")
+    if not available.get(name, True):
         raise InputError(f"--device {name}: PyTorch sees no such device here")
     if name == "cuda" and "LOCAL_RANK" in os.environ:
-        gpu = int(os.environ["LOCAL_RANK"])
-        if gpu >= torch.cuda.device_count():
-            raise InputError(
-                f"--nproc-per-node: more processes than the {torch.cuda.device_count()} GPUs here"
-            )
+        gpu, n_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if gpu >= n_gpus:
+            raise InputError(f"--nproc-per-node: more processes than the {n_gpus} GPUs here")
         name = f"cuda:{gpu}"
         torch.cuda.set_device(name)
     return name
@@ -231,6 +204,12 @@ def pick_dtype(name, device):
     if name != "auto":
         return getattr(torch, name)
     return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
+def make_parser(script, doc):
+    """A parser whose errors are one line, and whose --help begins with the script's docstring."""
+    look = dict(formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)
+    return argparse.ArgumentParser(prog=script, description=doc, **look)
 
 
 def run_script(name, run, args):

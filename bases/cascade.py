@@ -19,18 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+import utils
 from data import fit_pixels
-from utils import (
-    TINY,
-    InputError,
-    first_line,
-    headline,
-    hub_file,
-    is_hub_id,
-    load_frozen,
-    pick_dtype,
-    read_safetensors,
-)
+from utils import InputError
 
 DECODER = "stabilityai/stable-cascade"
 BLOCKS = ("SDCascadeResBlock", "SDCascadeAttnBlock", "SDCascadeTimestepBlock")  # Stage C's parts
@@ -40,12 +31,9 @@ class StableCascade:
     """Stage C, its text encoder and an image codec, frozen and in eval mode (Stage C has dropout:
     in train mode the policy would not be the reference even at step 0).
 
-    name: "tiny", a hub id like stabilityai/stable-cascade-prior or a folder in its layout;
-        ":prior_lite" after it picks that subfolder for the prior
+    name: "tiny", a hub id or a folder; ":prior_lite" after it picks that subfolder for the prior
     dtype: by default float32 on a CPU, else bfloat16; float16 overflows in Stage C and is refused
-    decoder: hub id or folder with Stages A and B and the image encoder, for a base without a codec
-        of its own (default: stabilityai/stable-cascade)
-    grid: side of the latents there; 24 is Stage C's own, of 768 px images
+    decoder, grid: see CascadeCodec, for a base without a codec of its own
     Raises InputError, naming --base and what is wrong with it.
     """
 
@@ -55,28 +43,24 @@ class StableCascade:
             library.utils.logging.disable_progress_bar()
         self.name = str(name)
         self.device = torch.device(device)
-        self.dtype = dtype or pick_dtype("auto", device)
+        self.dtype = dtype or utils.pick_dtype("auto", device)
         if self.dtype == torch.float16:
             raise InputError("float16 gives NaN in Stage C: use bfloat16 or float32")
         folder, prior = find_base(self.name)
+        classes = (diffusers.StableCascadeUNet, transformers.CLIPTextModelWithProjection)
         settings = dict(torch_dtype=self.dtype, variant="bf16")
         try:
-            self.prior = load_frozen(
-                diffusers.StableCascadeUNet, folder, self.device, subfolder=prior, **settings
+            self.prior, self.text_encoder = (
+                utils.load_frozen(cls, folder, self.device, subfolder=part, **settings)
+                for cls, part in zip(classes, (prior, "text_encoder"), strict=True)
             )
-            self.text_encoder = load_frozen(
-                transformers.CLIPTextModelWithProjection,
-                folder,
-                self.device,
-                subfolder="text_encoder",
-                **settings,
-            )
-            self.tokenizer = transformers.CLIPTokenizer.from_pretrained(
-                folder, subfolder="tokenizer"
-            )
+            tokenizer_class = transformers.CLIPTokenizer
+            self.tokenizer = tokenizer_class.from_pretrained(folder, subfolder="tokenizer")
             self.codec = load_codec(self.name, self.device, self.dtype, decoder, grid)
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-            raise InputError(f"--base {name}: cannot load {folder}: {headline(error)}") from None
+            raise InputError(
+                f"--base {name}: cannot load {folder}: {utils.first_line(error)}"
+            ) from None
         self.codec.set_text_model(self.tokenizer, self.text_encoder)
         self.scheduler = make_scheduler(self.device)
         self.latent_shape = self.codec.latent_shape
@@ -85,9 +69,8 @@ class StableCascade:
         self.guidance = self.codec.default_guidance
 
     def attention_layers(self):
-        """Every attention layer of Stage C. There is no separate text cross-attention, one softmax
-        covers the image's own positions and the text, so these are the paper's "each
-        cross-attention layer" (64 at full size)."""
+        """Every attention layer of Stage C, 64 at full size. One softmax covers the image's own
+        positions and the text, so these are the paper's "each cross-attention layer"."""
         return attention_layers(self.prior)
 
     @property
@@ -98,9 +81,8 @@ class StableCascade:
     # -------------------------------------------------------------------------- conditions
     def tokenize(self, captions):
         """Captions -> token ids and attention mask, (2, B, L); L = 77 at full scale."""
-        encoded = self.tokenizer(
-            list(captions), padding="max_length", truncation=True, return_tensors="pt"
-        )
+        how = dict(padding="max_length", truncation=True, return_tensors="pt")
+        encoded = self.tokenizer(list(captions), **how)
         return torch.stack([encoded.input_ids, encoded.attention_mask])
 
     @torch.no_grad()
@@ -134,8 +116,8 @@ class StableCascade:
 
     @torch.no_grad()
     def decode(self, latents, prompts, seeds):
-        """Latents (B, C, h, w) -> list of B PIL images. Stage B, a diffusion model too, wants the
-        captions and seeds (B each)."""
+        """Latents (B, C, h, w) -> B PIL images; Stage B, a diffusion model too, wants captions and
+        seeds (B each)."""
         pixels = self.codec.decode(latents.to(self.dtype), prompts, seeds)
         pixels = einops.rearrange(pixels.float().mul(255).round().byte(), "b c h w -> b h w c")
         return [Image.fromarray(image) for image in pixels.cpu().numpy()]
@@ -146,8 +128,7 @@ class StableCascade:
         return t.to(self.dtype).to(torch.promote_types(self.dtype, torch.float32))
 
     def add_noise(self, latents, noise, t):
-        """x_t = alpha_t x_0 + sigma_t eps (Sec. 3). latents, noise: (B, C, h, w); t: (B,) float in
-        (0, 1], never integers."""
+        """x_t = alpha_t x_0 + sigma_t eps (Sec. 3), all (B, C, h, w); t: (B,) float in (0, 1]."""
         return self.scheduler.add_noise(latents, noise, self.cast_timesteps(t))
 
     def target(self, latents, noise, t):
@@ -155,8 +136,7 @@ class StableCascade:
         return noise
 
     def predict(self, x_t, t, text, pooled):
-        """eps_theta(x_t, c, u, t). x_t: (B, C, h, w); t: (B,) in (0, 1]; text and pooled: see
-        encode_tokens; returns (B, C, h, w)."""
+        """eps_theta(x_t, c, u, t) -> (B, C, h, w); text, pooled: see encode_tokens."""
         # without clip_img the network silently drops the text tokens as well
         no_image = x_t.new_zeros(len(x_t), 1, self.prior.config.clip_image_in_channels)
         t = self.cast_timesteps(t).to(self.dtype)
@@ -164,25 +144,19 @@ class StableCascade:
         return out.sample
 
     @torch.no_grad()
-    def sample(
-        self,
-        prompts,
-        seeds,
-        adapter=None,
-        user_tokens=None,
-        user_scale=1.0,
-        guidance=None,
-        steps=None,
-    ):
+    def sample(self, prompts, seeds, adapter=None, user_tokens=None, user_scale=1.0, **settings):
         """Ancestral DDPM with classifier-free guidance, whose two branches both see the user.
 
         prompts: B captions
         seeds: B ints, each the whole randomness of its image, whatever else is in the batch
         user_tokens: (B, L, d), or None for the base
         user_scale: multiplies the user term of Eq. 7; 0 is the base exactly
+        settings: steps and guidance; the base's own where they are None or not given
         returns latents (B, C, h, w)
         """
         b = len(prompts)
+        steps = settings.get("steps") or self.steps
+        guidance = settings.get("guidance")
         guidance = self.guidance if guidance is None else guidance
         conditions = self.encode_prompts(prompts)
         if guidance > 1:  # one batch of 2B, the conditional half first
@@ -194,10 +168,8 @@ class StableCascade:
 
         user = contextlib.nullcontext()
         if user_tokens is not None and user_scale != 0:
-            if guidance > 1:
-                user_tokens = torch.cat([user_tokens, user_tokens])
-            user = adapter.user(user_tokens, user_scale)
-        self.scheduler.set_timesteps(steps or self.steps, device=self.device)
+            user = adapter.user(user_tokens, user_scale)  # B rows serve both halves
+        self.scheduler.set_timesteps(steps, device=self.device)
         with user:
             for t in self.scheduler.timesteps[:-1]:  # 1 ... 1 / steps; the last is 0: nothing to do
                 t = t.expand(b).to(self.dtype)
@@ -238,14 +210,13 @@ def find_base(name):
     repo, _, prior = str(name).partition(":")
     prior = prior or "prior"
     if repo == "tiny":  # before any path: a folder of that name stands beside the scripts
-        return TINY, prior
-    if is_hub_id(repo):
+        return utils.TINY, prior
+    if utils.is_hub_id(repo):
         return repo, prior
     if not (Path(repo) / prior).is_dir():
-        raise InputError(
-            f"--base {name}: no folder {Path(repo) / prior}; expected 'tiny', a hub id or a folder "
-            f"with {prior}, text_encoder and tokenizer in it"
-        )
+        expected = f"a folder with {prior}, text_encoder and tokenizer in it"
+        missing = f"no folder {Path(repo) / prior}"
+        raise InputError(f"--base {name}: {missing}; expected 'tiny', a hub id or {expected}")
     return Path(repo), prior
 
 
@@ -284,26 +255,23 @@ class CascadeCodec:
 
     def set_text_model(self, tokenizer, text_encoder):
         """Stage B uses Stage C's."""
-        self.tokenizer = tokenizer
-        self.text_encoder = text_encoder
+        self.text_model = dict(tokenizer=tokenizer, text_encoder=text_encoder)
 
     @cached_property
     def encoder(self):
-        """EfficientNetV2-S, a 1 x 1 convolution to 16 channels, and a BatchNorm that makes latents
-        of about unit variance; after
+        """EfficientNetV2-S, a 1 x 1 convolution to 16 channels and a BatchNorm, after
         https://github.com/Stability-AI/StableCascade/blob/master/modules/effnet.py."""
         from torchvision.models import efficientnet_v2_s
 
         mapper = nn.Sequential(nn.Conv2d(1280, 16, 1, bias=False), nn.BatchNorm2d(16, affine=False))
         backbone = efficientnet_v2_s(weights=None).features
         encoder = nn.Sequential(OrderedDict(backbone=backbone, mapper=mapper))
-        path = hub_file(self.repo, "effnet_encoder.safetensors")
+        path = utils.hub_file(self.repo, "effnet_encoder.safetensors")
         try:
             encoder.load_state_dict(load_file(path))
         except (SafetensorError, OSError, RuntimeError) as error:
-            raise InputError(
-                f"{path}: not Stable Cascade's image encoder ({first_line(error)})"
-            ) from None
+            what = "Stable Cascade's image encoder"
+            raise InputError(f"{path}: not {what} ({utils.first_line(error)})") from None
         return encoder.to(self.device).eval().requires_grad_(False)  # float32: 0.3% of a step
 
     @cached_property
@@ -312,28 +280,19 @@ class CascadeCodec:
         looks for Stage A's class where diffusers no longer has it."""
         from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
 
-        settings = dict(torch_dtype=self.dtype)
+        def load(cls, part, **settings):
+            settings = dict(subfolder=part, torch_dtype=self.dtype) | settings
+            return utils.load_frozen(cls, self.repo, self.device, **settings)
+
         try:
-            stage_b = load_frozen(
-                diffusers.StableCascadeUNet,
-                self.repo,
-                self.device,
-                subfolder="decoder",
-                variant="bf16",
-                **settings,
-            )
-            stage_a = load_frozen(
-                PaellaVQModel, self.repo, self.device, subfolder="vqgan", **settings
-            )
+            stage_b = load(diffusers.StableCascadeUNet, "decoder", variant="bf16")
+            stage_a = load(PaellaVQModel, "vqgan")
         except (OSError, ValueError, RuntimeError) as error:
-            raise InputError(f"--decoder {self.repo}: {headline(error)}") from None
+            raise InputError(f"--decoder {self.repo}: {utils.first_line(error)}") from None
+        stages = dict(decoder=stage_b, vqgan=stage_a, latent_dim_scale=10.67)
+        scheduler = diffusers.DDPMWuerstchenScheduler()
         pipeline = diffusers.StableCascadeDecoderPipeline(
-            decoder=stage_b,
-            tokenizer=self.tokenizer,
-            text_encoder=self.text_encoder,
-            scheduler=diffusers.DDPMWuerstchenScheduler(),
-            vqgan=stage_a,
-            latent_dim_scale=10.67,
+            **stages, **self.text_model, scheduler=scheduler
         )
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.device)
@@ -344,7 +303,7 @@ class CascadeCodec:
 
     def digest(self):
         """A fingerprint of the encoder, for cached latents."""
-        encoder = hub_file(self.repo, "effnet_encoder.safetensors")
+        encoder = utils.hub_file(self.repo, "effnet_encoder.safetensors")
         return hashlib.sha256(encoder.read_bytes()).hexdigest()[:16]
 
     def encode(self, pixels):
@@ -354,20 +313,15 @@ class CascadeCodec:
     def decode(self, latents, prompts, seeds):
         """Latents -> pixels (B, 3, H, W) in [0, 1]; 10 steps of Stage B, without guidance."""
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        settings = dict(num_inference_steps=10, guidance_scale=0.0, output_type="pt")
         return self.decoder_pipeline(
-            latents,
-            list(prompts),
-            num_inference_steps=10,
-            guidance_scale=0.0,
-            generator=generators,
-            output_type="pt",
+            latents, list(prompts), generator=generators, **settings
         ).images
 
 
 class PatchCodec(nn.Module):
     """The tiny world's stand-in for Stages A and B: every patch of pixels, projected on its leading
-    principal directions. Linear both ways: (B, 3, P h, P w) in [0, 1] <-> (B, C, h, w) latents of
-    about unit variance."""
+    principal directions; linear both ways, latents of about unit variance."""
 
     default_steps, default_guidance = 20, 2.0  # more guidance bleaches the small base's grounds
     resample = Image.BICUBIC
@@ -385,13 +339,15 @@ class PatchCodec(nn.Module):
     def load(cls, path):
         """Read what `python -m tiny.train base` wrote; InputError names the file."""
         try:
-            metadata, state = read_safetensors(path)
+            metadata, state = utils.read_safetensors(path)
             with torch.device("meta"):  # no memory yet, whatever size the header says
                 channels = len(state["decode_matrix"])
                 codec = cls(int(metadata["patch"]), channels, int(metadata["side"]))
             codec.load_state_dict(state, assign=True)
         except (KeyError, ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
-            raise InputError(f"{path}: not a codec of tiny.train ({first_line(error)})") from None
+            raise InputError(
+                f"{path}: not a codec of tiny.train ({utils.first_line(error)})"
+            ) from None
         return codec
 
     def set_text_model(self, tokenizer, text_encoder):

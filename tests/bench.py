@@ -1,15 +1,18 @@
 """Speed of a training step, random weights, no data and no users folder.
 
-    python tests/bench.py --base tiny          # a laptop
-    python tests/bench.py --base full          # the 3.6B prior, on a GPU
-    python tests/bench.py --base full --count  # without one: a step's FLOPs and bytes, counted
-    python tests/bench.py --base full --profile          # where the time goes
+    python tests/bench.py --base tiny            # a laptop
+    python tests/bench.py --base full            # the 3.6B prior, on a GPU
+    python tests/bench.py --base full --count    # without one: a step's FLOPs and bytes, counted
+    python tests/bench.py --base full --profile  # where the time goes
 
-Three arms take turns, round by round: `ours` (train.py's own step with --compile), `eager` (the same, not compiled), and `recipe`, what one
-gets from the field's training scripts: a second frozen copy of the prior as the reference, eager, full activation checkpointing, unfused AdamW,
-and the loss fetched from the device at every micro-step. (Memory format makes no arm: Stage C permutes to channels-last before its first norm and
-stays there, whatever its weights' format.) Batches are of cached latents; text is encoded in the step. A matmul in between measures the ceiling.
-FLOPs are counted by PyTorch for the arithmetic that the loss needs (no recomputation), and ratios are of medians.
+Three arms take turns, round by round: `ours` (train.py's own step with --compile), `eager` (the
+same, not compiled), and `recipe`, what one gets from the field's training scripts: a second frozen
+copy of the prior as the reference, eager, full activation checkpointing, unfused AdamW, and the
+loss fetched from the device at every micro-step. (Memory format makes no arm: Stage C permutes to
+channels-last before its first norm and stays there, whatever its weights' format.) Batches are of
+cached latents; text is encoded in the step. A matmul in between measures the ceiling. FLOPs are
+counted by PyTorch for the arithmetic that the loss needs (no recomputation), and ratios are of
+medians.
 """
 
 import argparse
@@ -23,15 +26,19 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-os.chdir(ROOT)
-
+import diffusers
 import torch
+import torch.nn.functional as F
+import transformers
 from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
+
+# the project's own modules are imported by the functions that use them: only now are they found
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 COMMON = dict(
     in_channels=16,
@@ -69,61 +76,53 @@ TEXT = dict(
     num_attention_heads=20,
     hidden_act="gelu",
 )
+ARMS = ("ours", "eager", "recipe")
 
 
-def arguments(argv=None):
-    p = argparse.ArgumentParser(
-        prog="bench.py",
-        usage=argparse.SUPPRESS,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--base", choices=("tiny", "lite", "full"), default="tiny")
-    p.add_argument("--micro", type=int, help="pairs a micro-step (default: tiny 32, else 8)")
-    p.add_argument(
-        "--accumulate", type=int, default=2, help="micro-steps a step (default: %(default)s)"
-    )
-    p.add_argument("--rounds", type=int, default=7, help="steps of each arm (default: %(default)s)")
-    p.add_argument(
-        "--arms",
-        nargs="+",
-        choices=("ours", "eager", "recipe"),
-        default=["ours", "eager", "recipe"],
-    )
-    p.add_argument(
-        "--count",
-        action="store_true",
-        help="run nothing: count a micro-step's arithmetic and what it keeps for backward, on the meta device",
-    )
-    p.add_argument("--profile", action="store_true", help="the first arm's three largest costs too")
-    p.add_argument("--checkpointing", action="store_true", help="in ours and eager too")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    p.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    args = p.parse_args(argv)
-    args.micro = args.micro or (32 if args.base == "tiny" else 8)
+    add = parser.add_argument
+    add("--base", choices=("tiny", "lite", "full"), default="tiny")
+    add("--micro", type=int, help="pairs a micro-step (default: tiny 32, else 8)")
+    add("--accumulate", type=int, default=2, help="micro-steps a step (default: %(default)s)")
+    add("--rounds", type=int, default=7, help="steps of each arm (default: %(default)s)")
+    add("--arms", nargs="+", choices=ARMS, default=ARMS)
+    add("--count", action="store_true", help="run nothing: count a micro-step's FLOPs and bytes")
+    add("--profile", action="store_true", help="the first arm's three largest costs too")
+    add("--checkpointing", action="store_true", help="in ours and eager too")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    args = parser.parse_args(argv)
+    if args.micro is None:
+        args.micro = 32 if args.base == "tiny" else 8
     return args
 
 
+# ---------------------------------------------------------------- what a step works on
 def make_base(size, device, dtype):
-    """A StableCascade of that size with random weights: Stage C and text encoder, frozen, made on the device."""
-    import diffusers
-    import transformers
+    """A StableCascade of that size with random weights: Stage C and text encoder, frozen, made on
+    the device."""
+    from bases.cascade import StableCascade, make_scheduler
+    from utils import TINY
 
-    from ppd import StableCascade, make_scheduler
-
+    prior_config, text_config = COMMON | SIZES.get(size, {}), TEXT
+    if size == "tiny":
+        parts = ("prior", "text_encoder")
+        configs = [json.loads((TINY / part / "config.json").read_text()) for part in parts]
+        prior_config, text_config = configs
     diffusers.utils.logging.set_verbosity_error()
     base = StableCascade.__new__(StableCascade)  # no checkpoint to load
-    base.device, base.dtype, base.scheduler = torch.device(device), dtype, make_scheduler(device)
-    read = lambda part: json.loads((ROOT / "assets/tiny" / part / "config.json").read_text())
-    prior, text = (
-        (read("prior"), read("text_encoder")) if size == "tiny" else (COMMON | SIZES[size], TEXT)
-    )
+    base.device = torch.device(device)
+    base.dtype = dtype
+    base.scheduler = make_scheduler(device)
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
-    with torch.device(device):
-        base.prior = diffusers.StableCascadeUNet.from_config(prior)
+    with base.device:
+        base.prior = diffusers.StableCascadeUNet.from_config(prior_config)
         base.text_encoder = transformers.CLIPTextModelWithProjection(
-            transformers.CLIPTextConfig(**text)
+            transformers.CLIPTextConfig(**text_config)
         )
     torch.set_default_dtype(torch.float32)
     for model in (base.prior, base.text_encoder):
@@ -131,51 +130,70 @@ def make_base(size, device, dtype):
     return base
 
 
+def is_full_scale(base):
+    return base.prior.config.block_out_channels[0] > 512
+
+
 def make_batch(base, micro):
-    """What Pairs and collate make of cached latents."""
-    full, g = base.prior.config.block_out_channels[0] > 512, torch.Generator().manual_seed(0)
-    (side, length), draw = (24, 77) if full else (8, 16), partial(torch.randn, generator=g)
-    noise = draw(micro, 16, side, side)
-    tokens = torch.stack(
-        [
-            torch.randint(2, base.text_encoder.config.vocab_size, (micro, length), generator=g),
-            torch.ones(micro, length, dtype=torch.long),
-        ]
-    )
+    """What PreferencePairs and collate make of cached latents."""
+    g = torch.Generator().manual_seed(0)
+    side, length, user_dim = (24, 77, 3584) if is_full_scale(base) else (8, 16, 192)
+    noise = torch.randn(micro, 16, side, side, generator=g)
+    token_ids = torch.randint(2, base.text_encoder.config.vocab_size, (micro, length), generator=g)
     batch = dict(
-        pictures=draw(2 * micro, 16, side, side).to(base.dtype),
+        images=torch.randn(2 * micro, 16, side, side, generator=g).to(base.dtype),
         noise=torch.cat([noise, noise]),
-        user=draw(micro, 3584 if full else 192),
+        user=torch.randn(micro, user_dim, generator=g),
         t=torch.rand(micro, generator=g).mul(0.999).add(0.001),
         u_drop=torch.rand(micro, generator=g),
-        tokens=tokens,
+        tokens=torch.stack([token_ids, torch.ones_like(token_ids)]),
     )
-    return {
-        key: value.pin_memory() if base.device.type == "cuda" else value
-        for key, value in batch.items()
-    }
+    if base.device.type == "cuda":
+        batch = {key: value.pin_memory() for key, value in batch.items()}
+    return batch
 
 
 def make_adapter(base, batch):
     from ppd import UserAdapter
 
-    full = base.prior.config.block_out_channels[0] > 512
-    return UserAdapter(batch["user"].shape[1], base.channels, 4, 1024 if full else 64).install(
-        base.prior
-    )
+    token_dim = 1024 if is_full_scale(base) else 64
+    adapter = UserAdapter(batch["user"].shape[1], base.channels, 4, token_dim)
+    return adapter.install(base.attention_layers())
+
+
+# --------------------------------------------------------------------------- the arms
+def recipe_micro_step(base, reference, adapter, batch):
+    """The usual micro-step: a second prior as the reference, everything waited for."""
+    from ppd import ppd_loss
+
+    batch = {key: value.to(base.device) for key, value in batch.items()}
+    t = batch["t"].repeat(2)
+    x_t = base.add_noise(batch["images"], batch["noise"], t)
+    conditions = [c.repeat(2, 1, 1) for c in base.encode_tokens(batch["tokens"])]
+    policy = base.prior
+    with adapter.user(adapter(batch["user"], batch["u_drop"] < 0.1)):
+        pred = base.predict(x_t, t, *conditions)
+        base.prior = reference
+        with torch.no_grad():
+            pred_ref = base.predict(x_t, t, *conditions)
+        base.prior = policy
+        losses, _ = ppd_loss(pred, pred_ref, batch["noise"], 1.0)
+        loss = losses.mean()
+        loss.backward()
+    loss.item()
 
 
 def make_arms(args, device, dtype):
-    """{arm: a function that takes one optimizer step}, and the bytes that each arm keeps between steps, as a function. The arms share one
-    prior and one adapter, so that the largest fit on one GPU together."""
-    from ppd import ppd_loss
-    from train import forward
+    """{arm: a function that takes one optimizer step}, and the bytes that each arm keeps between
+    steps, as a function. The arms share one prior and one adapter, so that the largest fit on one
+    GPU together."""
+    from train import micro_step
 
     base = make_base(args.base, device, dtype)
     batch = make_batch(base, args.micro)
-    reference = (
-        copy.deepcopy(base.prior) if "recipe" in args.arms else None
-    )  # before the adapter is installed: it knows no user
+    reference = None
+    if "recipe" in args.arms:
+        reference = copy.deepcopy(base.prior)  # before the adapter is installed: it knows no user
     adapter = make_adapter(base, batch)
     parameters = list(adapter.parameters())
     optimizers = {
@@ -183,117 +201,83 @@ def make_arms(args, device, dtype):
         for arm in args.arms
     }
     base.compile_blocks()
-    compiled = {
-        block: block._compiled_call_impl
-        for block in base.prior.modules()
-        if block._compiled_call_impl
-    }
+    blocks = [block for block in base.prior.modules() if block._compiled_call_impl]
+    compiled_calls = [block._compiled_call_impl for block in blocks]
 
-    def ours():
-        forward(
-            base,
-            adapter,
-            batch,
-            "ppd",
-            1.0,
-            0.1,
-            backward=lambda losses: (losses.sum() / args.micro).backward(),
-        )
-
-    def recipe():
-        there = {key: value.to(device) for key, value in batch.items()}
-        t, policy = there["t"].repeat(2), base.prior
-        x_t = base.add_noise(there["pictures"], there["noise"], t)
-        text, pooled = (c.repeat(2, 1, 1) for c in base.encode_tokens(there["tokens"]))
-        with adapter.user(adapter(there["user"], there["u_drop"] < 0.1)):
-            noise_pred = base.predict_noise(x_t, t, text, pooled)
-            base.prior = reference
-            with torch.no_grad():
-                noise_ref = base.predict_noise(x_t, t, text, pooled)
-            base.prior = policy
-            loss = ppd_loss(noise_pred, noise_ref, there["noise"], 1.0)[0].mean()
-            loss.backward()
-        loss.item()
+    def switch(arm):
+        if arm == "recipe" or args.checkpointing:
+            base.prior.enable_gradient_checkpointing()
+        else:
+            base.prior.disable_gradient_checkpointing()
+        for block, call in zip(blocks, compiled_calls, strict=True):
+            block._compiled_call_impl = call if arm == "ours" else None  # what compile() sets
+        adapter.compiled = arm == "ours"
 
     def step(arm):
-        (
-            base.prior.enable_gradient_checkpointing
-            if arm == "recipe" or args.checkpointing
-            else base.prior.disable_gradient_checkpointing
-        )()
-        for block, call in compiled.items():
-            block._compiled_call_impl = call if arm == "ours" else None  # what block.compile() sets
-        base.compiled = arm == "ours"
+        switch(arm)
         for _ in range(args.accumulate):
-            recipe() if arm == "recipe" else ours()
+            if arm == "recipe":
+                recipe_micro_step(base, reference, adapter, batch)
+            else:
+                micro_step(base, adapter, batch, 1.0, 0.1, args.micro)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizers[arm].step()
         optimizers[arm].zero_grad(set_to_none=True)
         return norm.item()
 
-    def keeps(arm):
-        state = [value for values in optimizers[arm].state.values() for value in values.values()]
-        mine = [
-            *base.prior.parameters(),
-            *base.text_encoder.parameters(),
-            *parameters,
-            *state,
-            *(reference.parameters() if arm == "recipe" else ()),
-        ]
-        return sum(t.numel() * t.element_size() for t in mine)
+    def kept_bytes(arm):
+        tensors = [*base.prior.parameters(), *base.text_encoder.parameters(), *parameters]
+        for values in optimizers[arm].state.values():
+            tensors += values.values()
+        if arm == "recipe":
+            tensors += reference.parameters()
+        return sum(t.numel() * t.element_size() for t in tensors)
 
-    return {arm: partial(step, arm) for arm in args.arms}, keeps
+    return {arm: partial(step, arm) for arm in args.arms}, kept_bytes
 
 
-def count(args, fused):
-    """Nothing is run: FLOPs a pair of a step of ours, the bytes of its frozen weights, of adapter, gradient and AdamW, and of what is kept for
-    backward, eager, in bfloat16. fused: attention as the fused kernels do it, which keep less and compute more, or by plain matrix products."""
-    import torch.nn.functional as F
+# --------------------------------------------------------------------------- counting
+def count(args, fused, checkpointing=False):
+    """Nothing is run: FLOPs a pair of a step of ours, the bytes of its frozen weights, of adapter,
+    gradient and AdamW, and of what is kept for backward, eager, in bfloat16.
 
-    from train import forward
+    fused: attention as the fused kernels do it, which keep less and compute more, or by plain
+    matrix products
+    """
+    from train import micro_step
 
-    plain = F.scaled_dot_product_attention
-    flash = lambda q, k, v, attn_mask=None, **how: (
-        torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
-        if attn_mask is None and q.requires_grad
-        else plain(q, k, v, attn_mask, **how)
-    )
     base = make_base(args.base, "meta", torch.bfloat16)
     batch = make_batch(base, args.micro)
     adapter = make_adapter(base, batch)
-    if args.checkpointing:
+    if checkpointing:
         base.prior.enable_gradient_checkpointing()
-    frozen, trained = (
-        [*base.prior.parameters(), *base.text_encoder.parameters()],
-        list(adapter.parameters()),
-    )
-    known, kept = {p.untyped_storage()._cdata for p in frozen + trained}, {}
+    frozen = [*base.prior.parameters(), *base.text_encoder.parameters()]
+    trained = list(adapter.parameters())
+    known = {p.untyped_storage()._cdata for p in frozen + trained}
+    kept = {}
+    plain = F.scaled_dot_product_attention
+
+    def flash(q, k, v, attn_mask=None, **settings):
+        if attn_mask is None and q.requires_grad:
+            return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+        return plain(q, k, v, attn_mask, **settings)
 
     def keep(tensor):
-        if (storage := tensor.untyped_storage())._cdata not in known:
-            kept[storage._cdata] = (
-                storage.nbytes(),
-                tensor,
-            )  # the tensor too, or another would get its address
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:  # the tensor too, or another would get its address
+            kept[storage._cdata] = (storage.nbytes(), tensor)
         return tensor
 
-    F.scaled_dot_product_attention = flash if fused else plain
-    try:
-        with (
-            FlopCounterMode(display=False) as counter,
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-        ):
-            forward(
-                base,
-                adapter,
-                batch,
-                "ppd",
-                1.0,
-                0.1,
-                backward=lambda losses: losses.sum().backward(),
-            )
-    finally:
-        F.scaled_dot_product_attention = plain
+    def give_back(tensor):
+        return tensor
+
+    attention = flash if fused else plain
+    with (
+        mock.patch.object(F, "scaled_dot_product_attention", attention),
+        FlopCounterMode(display=False) as counter,
+        torch.autograd.graph.saved_tensors_hooks(keep, give_back),
+    ):
+        micro_step(base, adapter, batch, 1.0, 0.1, args.micro)
     return (
         counter.get_total_flops() / args.micro,
         2 * sum(p.numel() for p in frozen),
@@ -302,65 +286,46 @@ def count(args, fused):
     )
 
 
-def matmul_flops(device, dtype):
-    """FLOP/s of a large matrix product, the best of a few: what the hardware gives at most."""
-    n = 8192 if device == "cuda" else 1536
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best = 0
-    for _ in range(5):
-        began, repeat = clock(device == "cuda"), 10 if device == "cuda" else 2
-        for _ in range(repeat):
-            a @ b
-        best = max(best, repeat * 2 * n**3 / (clock(device == "cuda") - began))
-    return best
+def print_count(args):
+    flops, *sizes = count(args, fused=True, checkpointing=args.checkpointing)
+    frozen, trained, kept, total = (size / 2**30 for size in (*sizes, sum(sizes)))
+    how = ", checkpointing" if args.checkpointing else ""
+    print(
+        f"{args.base}, {args.micro} pairs{how}: {flops / 1e12:.4g} TFLOP a pair; "
+        f"GiB: {frozen:.1f} frozen weights + {trained:.1f} adapter, gradient and AdamW + "
+        f"{kept:.1f} kept for backward = {total:.1f}"
+    )
 
 
+# -------------------------------------------------------------------------- measuring
 def clock(gpu):
     if gpu:
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def main(argv=None):
-    from ppd import pick_dtype
-
-    args = arguments(argv)
-    if args.count:
-        flops, *sizes = count(args, fused=True)
-        frozen, trained, kept, total = (size / 2**30 for size in (*sizes, sum(sizes)))
-        print(
-            f"{args.base}, {args.micro} pairs{', checkpointing' if args.checkpointing else ''}: {flops / 1e12:.4g} TFLOP a pair; GiB: {frozen:.1f} frozen weights + "
-            f"{trained:.1f} adapter, gradient and AdamW + {kept:.1f} kept for backward = {total:.1f}"
-        )
-        return
-    if "ours" in args.arms:
-        cache = (
-            tempfile.TemporaryDirectory()
-        )  # the first step compiles, whatever was compiled before
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
-    device = (
-        args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    )
-    dtype = pick_dtype(args.dtype, device)
-    with (
-        sdpa_kernel(SDPBackend.MATH) if device == "cpu" else contextlib.nullcontext()
-    ):  # as train.py does
-        measure(args, device, dtype)
-
-
-def measure(args, device, dtype):
-    """Let the arms take turns; print a table and the two ratios."""
+def matmul_flops(device, dtype):
+    """FLOP/s of a large matrix product, the best of a few: what the hardware gives at most."""
     gpu = device == "cuda"
-    name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
-    print(
-        f"{args.base}: {name}, {str(dtype)[6:]}, {args.micro} pairs a micro-step, {args.accumulate} a step, torch {torch.__version__}",
-        flush=True,
-    )
-    flops, *_ = count(
-        argparse.Namespace(**vars(args) | dict(checkpointing=False)), fused=False
-    )  # what the loss needs, nothing computed twice
-    arms, keeps = make_arms(args, device, dtype)
-    first, peak, times, ceilings = {}, dict.fromkeys(arms, 0), {arm: [] for arm in arms}, []
+    n, repeat = (8192, 10) if gpu else (1536, 2)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    b = torch.randn(n, n, device=device, dtype=dtype)
+    best = 0
+    for _ in range(5):
+        began = clock(gpu)
+        for _ in range(repeat):
+            a @ b
+        best = max(best, repeat * 2 * n**3 / (clock(gpu) - began))
+    return best
+
+
+def take_turns(args, arms, kept_bytes, device, dtype):
+    """{arm: seconds of its first step}, {arm: seconds of the others}, {arm: peak bytes}, and the
+    median ceiling."""
+    gpu = device == "cuda"
+    first, peak = {}, dict.fromkeys(arms, 0)
+    times = {arm: [] for arm in arms}
+    ceilings = []
     for arm, step in arms.items():
         began = clock(gpu)
         step()
@@ -368,51 +333,88 @@ def measure(args, device, dtype):
     for _ in range(args.rounds):
         ceilings.append(matmul_flops(device, dtype))
         for arm, step in arms.items():
+            before = 0
             if gpu:
                 torch.cuda.reset_peak_memory_stats()
-            before, began = torch.cuda.memory_allocated() if gpu else 0, clock(gpu)
+                before = torch.cuda.memory_allocated()
+            began = clock(gpu)
             step()
             times[arm].append(clock(gpu) - began)
             if gpu:
-                peak[arm] = max(peak[arm], torch.cuda.max_memory_allocated() - before + keeps(arm))
-    ceiling, speed = (
-        statistics.median(ceilings),
-        {arm: args.micro * args.accumulate / statistics.median(t) for arm, t in times.items()},
-    )
+                used = torch.cuda.max_memory_allocated() - before + kept_bytes(arm)
+                peak[arm] = max(peak[arm], used)
+    return first, times, peak, statistics.median(ceilings)
+
+
+def largest_costs(step, gpu):
+    """The three operations, or kernels, that take most of a step."""
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+    costs = {}
+    for event in profile.key_averages():
+        if not gpu:
+            costs[event.key] = event.self_cpu_time_total
+        elif event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            costs[event.key] = event.self_device_time_total  # kernels alone
+    total = sum(costs.values())
+    largest = sorted(costs, key=costs.get)[:-4:-1]
+    return "; ".join(f"{key} {100 * costs[key] / total:.0f}%" for key in largest)
+
+
+def measure(args, device, dtype):
+    """Let the arms take turns; print a table and the two ratios."""
+    gpu = device == "cuda"
+    name = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     print(
-        f"{flops / 1e12:.4g} TFLOP a pair; matmul ceiling {ceiling / 1e12:.4g} TFLOP/s; medians of {args.rounds} steps, smallest to largest in brackets"
+        f"{args.base}: {name}, {str(dtype).removeprefix('torch.')}, {args.micro} pairs a "
+        f"micro-step, {args.accumulate} a step, torch {torch.__version__}",
+        flush=True,
     )
+    flops, *_ = count(args, fused=False)  # what the loss needs, nothing computed twice
+    arms, kept_bytes = make_arms(args, device, dtype)
+    first, times, peak, ceiling = take_turns(args, arms, kept_bytes, device, dtype)
+    pairs = args.micro * args.accumulate
+    speed = {arm: pairs / statistics.median(seconds) for arm, seconds in times.items()}
     print(
-        "| arm | pairs/s | TFLOP/s | of the ceiling | first step, s | peak memory, GiB |\n|---|---|---|---|---|---|"
+        f"{flops / 1e12:.4g} TFLOP a pair; matmul ceiling {ceiling / 1e12:.4g} TFLOP/s; medians of "
+        f"{args.rounds} steps, smallest to largest in brackets"
     )
-    for arm, t in times.items():
-        span = f"{args.micro * args.accumulate / max(t):.3g} to {args.micro * args.accumulate / min(t):.3g}"
+    print("| arm | pairs/s | TFLOP/s | of the ceiling | first step, s | peak memory, GiB |")
+    print("|---|---|---|---|---|---|")
+    for arm, seconds in times.items():
+        span = f"{pairs / max(seconds):.3g} to {pairs / min(seconds):.3g}"
+        memory = f"{peak[arm] / 2**30:.1f}" if gpu else "-"
         print(
-            f"| {arm} | {speed[arm]:.3g} ({span}) | {speed[arm] * flops / 1e12:.3g} | {speed[arm] * flops / ceiling:.2f} | {first[arm]:.1f} | {f'{peak[arm] / 2**30:.1f}' if gpu else '-'} |"
+            f"| {arm} | {speed[arm]:.3g} ({span}) | {speed[arm] * flops / 1e12:.3g} | "
+            f"{speed[arm] * flops / ceiling:.2f} | {first[arm]:.1f} | {memory} |"
         )
     ours = args.arms[0]
     if args.profile:
-        with torch.profiler.profile(
-            activities=[torch.profiler.ProfilerActivity.CPU]
-            + [torch.profiler.ProfilerActivity.CUDA] * gpu
-        ) as profile:
-            arms[ours]()
-        events = [
-            e
-            for e in profile.key_averages()
-            if not gpu or e.device_type == DeviceType.CUDA and not e.is_user_annotation
-        ]  # kernels alone
-        costs = {e.key: e.self_device_time_total if gpu else e.self_cpu_time_total for e in events}
-        print(
-            "largest costs: "
-            + "; ".join(
-                f"{key} {100 * costs[key] / sum(costs.values()):.0f}%"
-                for key in sorted(costs, key=costs.get)[:-4:-1]
-            )
-        )
+        print(f"largest costs: {largest_costs(arms[ours], gpu)}")
     if "recipe" in speed:
         print(f"{ours} / recipe: {speed[ours] / speed['recipe']:.2f}")
     print(f"{ours} / ceiling: {speed[ours] * flops / ceiling:.2f}")
+
+
+def main(argv=None):
+    from utils import pick_dtype
+
+    args = parse_args(argv)
+    if args.count:
+        print_count(args)
+        return
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    # on a CPU attention as train.py does it; the first step compiles, whatever was compiled before
+    attention = sdpa_kernel(SDPBackend.MATH) if device == "cpu" else contextlib.nullcontext()
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache),
+        attention,
+    ):
+        measure(args, device, pick_dtype(args.dtype, device))
 
 
 if __name__ == "__main__":

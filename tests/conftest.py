@@ -31,15 +31,16 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True)
 def signals_as_before():
-    """train.py takes over two signals; give them back after a test that ran it in this process."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """train.py takes over two signals while it runs; whatever a test ran, they are given back."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
     yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def script(*command, check=True, **env):
-    """Run one of the project's scripts as a user would; returns the finished process, output as text."""
+    """Run one of the project's scripts as a user would; returns the finished process, output as
+    text."""
     done = subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=ROOT,
@@ -53,26 +54,19 @@ def script(*command, check=True, **env):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A small drawn data set and its one-hot users, made by the real scripts: (data folder, users folder)."""
+    """A small drawn data set and its one-hot users, made by the real scripts: (data folder, users
+    folder)."""
     folder = tmp_path_factory.mktemp("world")
-    script("tiny.py", "data", "--out", folder / "data", "--users", 60, "--pairs", 12, "--seed", 7)
-    script(
-        "embed.py",
-        "--data",
-        folder / "data",
-        "--one-hot",
-        "light",
-        "warm",
-        "large",
-        "--users",
-        folder / "users",
-    )
-    return folder / "data", folder / "users"
+    data, users = folder / "data", folder / "users"
+    script("-m", "tiny.world", "--out", data, "--users", 60, "--pairs", 12, "--seed", 7)
+    script("embed.py", "--data", data, "--one-hot", "light", "warm", "large", "--users", users)
+    return data, users
 
 
 @pytest.fixture(scope="session")
 def lean(world, tmp_path_factory):
-    """The same data and users with training pairs alone: nothing to validate on, so that many short runs are quick."""
+    """The same data and users with training pairs alone: nothing to validate on, so that many short
+    runs are quick."""
     users = tmp_path_factory.mktemp("lean") / "users"
     shutil.copytree(world[1], users)
     table = pq.read_table(users / "pairs.parquet")
@@ -82,7 +76,7 @@ def lean(world, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def people(world, tmp_path_factory):
-    """The same small data, its people read by the VLM: (data folder, users folder)."""
-    folder = tmp_path_factory.mktemp("people") / "users"
-    script("embed.py", "--data", world[0], "--users", folder)
-    return world[0], folder
+    """The same small data, its users read by the VLM: (data folder, users folder)."""
+    users = tmp_path_factory.mktemp("people") / "users"
+    script("embed.py", "--data", world[0], "--users", users)
+    return world[0], users

@@ -1,9 +1,14 @@
-"""The real scripts, run small: what they write, that they are exact, and what they say to bad input."""
+"""The real scripts, run small: what they write, that they are exact, and how they end."""
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+import re
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,570 +16,500 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import script
+from float64 import double_precision
 from PIL import Image
 from safetensors.torch import load_file
 
+import data
 import embed
 import evaluate
-import ppd
 import sample
 import train
+from bases import load_base
+from bases.cascade import PatchCodec, find_base
+from conftest import ROOT, script
+from ppd import UserAdapter
+from utils import TINY, append_line, read_jsonl
 
-TRAIN = [
-    "--max-steps",
-    "3",
-    "--batch",
-    "8",
-    "--micro",
-    "8",
-    "--preview-every",
-    "0",
-    "--log-every",
-    "1",
-    "--device",
-    "cpu",
-]
+TRAIN = "--max-steps 3 --batch 8 --micro 8 --preview-every 0 --log-every 1 --device cpu".split()
+FOUR_STEPS = "--max-steps 4 --preview-every 4".split()
+TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+LIGHT = "assets/onehot/light.pt"
+NAMES = ("light", "warm", "large")  # of the one-hot users
+
+
+def train_flags(users, out, *flags):
+    return [*map(str, ("--users", users, "--out", out, *TRAIN, *flags))]
+
+
+def train_here(users, out, *flags):
+    """train.py in this process."""
+    train.main(train_flags(users, out, *flags))
 
 
 def lines(out):
-    return [json.loads(line) for line in (Path(out) / "train.jsonl").read_text().splitlines()]
+    return read_jsonl(Path(out) / "train.jsonl")
+
+
+def state_of(out):
+    return torch.load(out / "state.pt", weights_only=True)
 
 
 @pytest.fixture(scope="session")
 def trained(world, tmp_path_factory):
     """Four steps of the real script, with a preview."""
     out = tmp_path_factory.mktemp("runs") / "four"
-    script(
-        "train.py",
-        "--users",
-        world[1],
-        "--out",
-        out,
-        *TRAIN,
-        "--max-steps",
-        4,
-        "--preview-every",
-        4,
-    )
+    script("train.py", *train_flags(world[1], out, *FOUR_STEPS))
     return out
 
 
-# --------------------------------------------------------------------------------------------------------------- train
+def training_pairs(world, seed=0, separate=False, groups=None):
+    """PreferencePairs of the world's one-hot users, and its rows and embeddings."""
+    rows, embeddings, _, _ = data.load_training_data(world[1])
+    rows = [row | dict(groups=groups or row["groups"]) for row in rows["train"]]
+    images = data.ImagePairs(world[0], PatchCodec(), rows)
+    pairs = data.PreferencePairs(rows, embeddings, images, (16, 8, 8), seed, separate, 0.75)
+    return pairs, rows, embeddings
+
+
+# -------------------------------------------------------------------------------------- train
 def test_first_line_is_step_0_at_ln_2(trained):
     first = lines(trained)[0]
     assert first["step"] == 0 and abs(first["loss"] - 0.693147) < 1e-6
-    assert (
-        first["implicit_accuracy"] == 0.5
-        and first["error_preferred"] == first["error_ref_preferred"]
-    )
+    assert first["implicit_accuracy"] == 0.5
+    assert first["error_preferred"] == first["error_ref_preferred"]
     assert [line["step"] for line in lines(trained)] == [0, 1, 2, 3]
-    assert {
-        "validation_implicit_accuracy",
-        "validation_error_preferred",
-        "lr",
-        "grad_norm",
-    } <= first.keys()
+    validation = {"validation_implicit_accuracy", "validation_error_preferred"}
+    assert validation | {"lr", "grad_norm"} <= first.keys()
     assert Image.open(trained / "previews" / "step-000004.png").size[0] > 300
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_policy_begins_as_the_reference_compiled_too(dtype, world, monkeypatch):
+    """The first loss is ln 2 exactly, and the compiled blocks' gradient is the eager one's."""
+    real = torch.nn.Module.compile
+
+    def trace_only(module, **how):
+        return real(module, backend="eager", **how)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", trace_only)
+    torch._dynamo.reset()
+    pairs, _, _ = training_pairs(world)
+    gradients = []
+    for compiled in (False, True):
+        base = load_base("tiny", dtype=dtype)
+        torch.manual_seed(0)
+        adapter = UserAdapter(3, base.channels).install(base.attention_layers())
+        adapter.compiled = compiled
+        if compiled:
+            base.compile_blocks()
+        batch = data.collate([pairs[i] for i in range(4)], base.tokenize)
+        losses, log = train.micro_step(base, adapter, batch, 1.0, 0.1, pairs_a_step=4)
+        assert torch.equal(losses, torch.full((4,), math.log(2)))
+        assert log["implicit_accuracy"].tolist() == [0.5] * 4
+        assert torch.equal(log["error_dispreferred"], log["error_ref_dispreferred"])
+        gradients.append(torch.cat([layer.weight.grad.flatten() for layer in adapter.to_v]))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert gradients[0].norm() > 0
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-4 * gradients[0].abs().max().item())
 
 
 def test_only_the_adapter_changes(world, tmp_path, monkeypatch):
     seen = []
-    real = ppd.StableCascade
-    monkeypatch.setattr(
-        train, "StableCascade", lambda *a, **k: seen.append(real(*a, **k)) or seen[0]
-    )
-    train.main(["--users", str(world[1]), "--out", str(tmp_path / "run"), *TRAIN])
-    digest = lambda base: hashlib.sha256(
-        b"".join(
-            v.numpy().tobytes()
-            for m in (base.prior, base.text_encoder, base.codec)
-            for v in m.state_dict().values()
-        )
-    ).hexdigest()
-    assert digest(seen[0]) == digest(real("tiny"))
+
+    def load_and_keep(*settings):
+        seen.append(load_base(*settings))
+        return seen[0]
+
+    monkeypatch.setattr(train, "load_base", load_and_keep)
+    train_here(world[1], tmp_path / "run")
+
+    def digest(base):
+        modules = (base.prior, base.text_encoder, base.codec)
+        tensors = [tensor for module in modules for tensor in module.state_dict().values()]
+        return hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
+
+    assert digest(seen[0]) == digest(load_base("tiny"))
     assert all(p.grad is None and not p.requires_grad for p in seen[0].prior.parameters())
     torch.manual_seed(0)
-    new = ppd.UserAdapter(3, seen[0].channels).state_dict()
+    new = UserAdapter(3, seen[0].channels).state_dict()
     now = load_file(tmp_path / "run" / "adapter.safetensors")
     assert now.keys() == new.keys()
-    assert {k for k in new if torch.equal(new[k], now[k])} == {
-        "mean",
-        "std",
-    }  # identity for one-hot users; all else moved
+    kept = {key for key in new if torch.equal(new[key], now[key])}
+    assert kept == {"mean", "std"}  # identity for one-hot users; all else moved
 
 
 @pytest.mark.parametrize("objective", ["dpo", "sft"])
 def test_baselines_are_the_same_loop(objective, world, tmp_path):
-    train.main(
-        [
-            "--users",
-            str(world[1]),
-            "--out",
-            str(tmp_path),
-            *TRAIN,
-            "--lr",
-            "2e-3",
-            "--objective",
-            objective,
-        ]
-    )
-    adapter = ppd.UserAdapter.load(tmp_path)
-    assert adapter.header["objective"] == objective and all(
-        math.isfinite(l["loss"]) for l in lines(tmp_path)
-    )
+    train_here(world[1], tmp_path, "--lr", "2e-3", "--objective", objective)
+    adapter = UserAdapter.load(tmp_path)
+    assert adapter.header["objective"] == objective
+    assert all(math.isfinite(line["loss"]) for line in lines(tmp_path))
     torch.manual_seed(0)
-    change = (
-        (adapter.project.weight - ppd.UserAdapter(3, adapter.channels).project.weight)
-        .abs()
-        .max()
-        .item()
-    )
-    if (
-        objective == "dpo"
-    ):  # everybody is the zero user: the projector's weight sees zeros, only weight decay touches it
-        assert change < 1e-5 and lines(tmp_path)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    new = UserAdapter(3, adapter.channels)
+    change = (adapter.project.weight - new.project.weight).abs().max().item()
+    first = lines(tmp_path)[0]
+    if objective == "dpo":
+        # everybody is the zero user: the projector's weight sees zeros, only weight decay acts
+        assert change < 1e-5 and first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     else:
-        assert change > 1e-4 and lines(tmp_path)[0]["loss"] == pytest.approx(
-            lines(tmp_path)[0]["error_preferred"]
-        )
+        assert change > 1e-4 and first["loss"] == pytest.approx(first["error_preferred"])
 
 
-def test_accumulation_and_ranks_change_nothing(lean, tmp_path):
-    """1 process x 8 accumulated = 1 x 8 at once = 2 processes x 4, in float64 to 1e-9, in float32 to 1e-5."""
-    for dtype, tolerance in (("float64", 1e-9), ("float32", 1e-5)):
-        common = [
-            "--users",
-            lean[1],
-            *TRAIN,
-            "--max-steps",
-            2,
-            "--beta",
-            1,
-            "--lr",
-            5e-4,
-            "--t-min",
-            0.85,
-            "--dtype",
-            dtype,
-        ]
-        state, log, threads = {}, {}, torch.get_num_threads()
-        for name, *how in (
-            ("whole", "--micro", 8),
-            ("split", "--micro", 1, "--workers", 2),
-            ("ranks", "--micro", 4),
-        ):
-            out = tmp_path / f"{dtype}-{name}"
-            if name == "ranks":
-                script(
-                    "-m",
-                    "torch.distributed.run",
-                    "--standalone",
-                    "--nproc-per-node",
-                    2,
-                    "train.py",
-                    *common,
-                    "--out",
-                    out,
-                    *how,
-                    OMP_NUM_THREADS="1",
-                )
-            else:
-                torch.set_num_threads(1)  # sums in the same order everywhere
-                train.main([*map(str, common), "--out", str(out), *map(str, how)])
-                torch.set_num_threads(threads)
-            state[name], log[name] = torch.load(out / "state.pt", weights_only=True), lines(out)
-        for other in ("split", "ranks"):
-            for key in ("loss", "grad_norm", "error_preferred"):
-                for a, b in zip(log["whole"], log[other]):
-                    assert a[key] == pytest.approx(b[key], rel=tolerance, abs=tolerance), (
-                        dtype,
-                        other,
-                        key,
-                    )
-            gradient = lambda name: torch.cat(
-                [s["exp_avg"].flatten() for s in state[name]["optimizer"]["state"].values()]
-            )  # AdamW's running mean
-            assert torch.allclose(
-                gradient("whole"), gradient(other), rtol=0, atol=tolerance / 10
-            ), (dtype, other)
-            if dtype == "float64":
-                for key, value in state["whole"]["adapter"].items():
-                    assert torch.allclose(
-                        value, state[other]["adapter"][key], rtol=0, atol=tolerance
-                    ), (other, key)
+@pytest.mark.parametrize("dtype, tolerance", [("float64", 1e-9), ("float32", 1e-5)])
+def test_accumulation_and_ranks_change_nothing(dtype, tolerance, lean, tmp_path):
+    """1 process x 8 accumulated = 1 x 8 at once = 2 processes x 4."""
+    doubled = dtype == "float64"
+    common = "--max-steps 2 --beta 1 --lr 5e-4 --t-min 0.85 --dtype float32".split()
+    whole, split, ranks = (tmp_path / name for name in ("whole", "split", "ranks"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums in the same order everywhere
+    with double_precision() if doubled else contextlib.nullcontext():
+        train_here(lean[1], whole, *common, "--micro", 8)
+        train_here(lean[1], split, *common, "--micro", 1, "--workers", 2)
+    torch.set_num_threads(threads)
+    driver = "tests/float64.py" if doubled else "train.py"
+    flags = train_flags(lean[1], ranks, *common, "--micro", 4)
+    script(*TORCHRUN, driver, *flags, OMP_NUM_THREADS="1")
+
+    def gradient(out):  # AdamW's running mean
+        moments = state_of(out)["optimizer"]["state"].values()
+        return torch.cat([moment["exp_avg"].flatten() for moment in moments])
+
+    adapter = state_of(whole)["adapter"]
+    assert adapter["project.weight"].dtype == getattr(torch, dtype)
+    for other in (split, ranks):
+        for key in ("loss", "grad_norm", "error_preferred"):
+            for a, b in zip(lines(whole), lines(other), strict=True):
+                assert a[key] == pytest.approx(b[key], rel=tolerance, abs=tolerance), (other, key)
+        assert torch.allclose(gradient(whole), gradient(other), rtol=0, atol=tolerance / 10), other
+        if doubled:
+            for key, value in state_of(other)["adapter"].items():
+                assert torch.allclose(adapter[key], value, rtol=0, atol=tolerance), (other, key)
 
 
-def test_users_of_a_vlm_are_standardised_and_groups_drawn(world, tmp_path):
-    """Embeddings with a large common part, two groups a person: the buffers are the training users' mean and std."""
-    (tmp_path / "users").mkdir()
-    (tmp_path / "users" / "pairs.parquet").write_bytes((world[1] / "pairs.parquet").read_bytes())
+def test_users_of_a_vlm_are_standardized_and_groups_drawn(world, tmp_path):
+    """Embeddings with a large common part, two groups a user: the buffers are the training users'
+    mean and std."""
+    users = tmp_path / "users"
+    users.mkdir()
+    (users / "pairs.parquet").write_bytes((world[1] / "pairs.parquet").read_bytes())
     vectors = 100 + torch.randn(3, 2, 1, 6, generator=torch.Generator().manual_seed(0))
-    for name, embedding in zip(("light", "warm", "large"), vectors):
-        embed.write_user(tmp_path / "users", name, embedding=embedding, vlm="made up")
-    train.main(
-        [
-            "--users",
-            str(tmp_path / "users"),
-            "--out",
-            str(tmp_path / "run"),
-            *TRAIN,
-            "--max-steps",
-            "1",
-            "--tokens",
-            "2",
+    for name, embedding in zip(NAMES, vectors, strict=True):
+        data.write_user(users, name, embedding=embedding, vlm="made up")
+    train_here(users, tmp_path / "run", "--max-steps", 1, "--tokens", 2)
+    adapter = UserAdapter.load(tmp_path / "run")
+    assert torch.allclose(adapter.mean, vectors.flatten(0, 2).mean(0))
+    assert torch.allclose(adapter.std, vectors.flatten(0, 2).std(0, correction=0))
+    assert (adapter.n_tokens, adapter.user_dim) == (2, 6)
+    pairs, _, embeddings = training_pairs((world[0], users), groups=[0, 1])
+    drawn = []
+    for i in range(40):
+        user = pairs[i]["user"]
+        drawn += [
+            (name, group)
+            for name, groups in embeddings.items()
+            for group in (0, 1)
+            if torch.equal(user, groups[group])
         ]
-    )
-    adapter = ppd.UserAdapter.load(tmp_path / "run")
-    assert torch.allclose(adapter.mean, vectors.flatten(0, 2).mean(0)) and torch.allclose(
-        adapter.std, vectors.flatten(0, 2).std(0, correction=0)
-    )
-    assert (adapter.tokens, adapter.user_dim) == (2, 6)
-    rows = [dict(r, groups=[0, 1]) for r in embed.read_pairs(world[1])[0] if r["split"] == "train"]
-    people = embed.load_training(tmp_path / "users")[1]
-    items = [
-        embed.Pairs(
-            rows, people, embed.Pictures(world[0], (32, Image.BICUBIC)), (16, 8, 8), 0, False, 0.75
-        )[i]
-        for i in range(40)
-    ]
-    drawn = [
-        next((n, g) for n, v in people.items() for g in (0, 1) if torch.equal(item["user"], v[g]))
-        for item in items
-    ]
-    assert {g for _, g in drawn} == {0, 1} and {n for n, _ in drawn} == {"light", "warm", "large"}
+    assert len(drawn) == 40
+    assert {group for _, group in drawn} == {0, 1} and {name for name, _ in drawn} == set(NAMES)
 
 
 def test_pairs_are_keyed_by_seed_and_position(world):
-    rows = [r for r in embed.read_pairs(world[1])[0] if r["split"] == "train"]
-    people = embed.load_training(world[1])[1]
-    make = lambda seed=0, separate=False: embed.Pairs(
-        rows,
-        people,
-        embed.Pictures(world[0], (32, Image.BICUBIC)),
-        (16, 8, 8),
-        seed,
-        separate,
-        0.75,
-    )
-    a, b, n = make()[5], make()[5], len(rows)
-    assert torch.equal(a["noise"], b["noise"]) and (a["t"], a["u_drop"], a["ranking_id"]) == (
-        b["t"],
-        b["u_drop"],
-        b["ranking_id"],
-    )
-    assert torch.equal(a["noise"][0], a["noise"][1]) and not torch.equal(
-        *make(separate=True)[5]["noise"]
-    )  # Eq. 6 writes two noises
-    assert not torch.equal(a["noise"], make()[6]["noise"]) and not torch.equal(
-        a["noise"], make(seed=1)[5]["noise"]
-    )
-    first, second = (embed.epoch_order(0, epoch, n).tolist() for epoch in (0, 1))
-    assert (
-        sorted(first) == sorted(second) == list(range(n))
-        and first != second
-        and not torch.equal(a["noise"], make()[5 + n]["noise"])
-    )
-    images = {
-        r["ranking_id"]: r
-        for f in sorted(world[0].glob("*.parquet"))
-        for r in pq.read_table(f, columns=["ranking_id", "jpg_0", "jpg_1"]).to_pylist()
-    }
-    for i in range(10):  # the right pictures, the preferred one first
-        item, row = make()[i], rows[embed.epoch_order(0, 0, n)[i]]
-        both = [
-            embed.open_image(images[item["ranking_id"]][f"jpg_{k}"], "")
-            for k in (row["preferred"], 1 - row["preferred"])
-        ]
-        assert np.array_equal(
-            item["pictures"].permute(0, 2, 3, 1), np.stack(both)
-        )  # drawn at the codec's own size
+    pairs, rows, embeddings = training_pairs(world)
+    n = len(rows)
+    noise = pairs[5]["noise"]
+    again = training_pairs(world)[0][5]
+    assert torch.equal(noise, again["noise"]) and torch.equal(pairs[5]["user"], again["user"])
+    for key in ("t", "u_drop", "caption"):
+        assert pairs[5][key] == again[key], key
+    assert torch.equal(noise[0], noise[1])
+    two = training_pairs(world, separate=True)[0][5]["noise"]
+    assert not torch.equal(two[0], two[1])  # Eq. 6 writes two noises
+    for other in (pairs[6], training_pairs(world, seed=1)[0][5], pairs[5 + n]):
+        assert not torch.equal(noise, other["noise"])
+    first, second = (data.epoch_order(0, epoch, n).tolist() for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(n)) and first != second
+    images = {}
+    for file in sorted(world[0].glob("*.parquet")):
+        for row in pq.read_table(file, columns=["ranking_id", "jpg_0", "jpg_1"]).to_pylist():
+            images[row["ranking_id"]] = row
+    for i in range(10):  # the right images, the preferred one first
+        item, row = pairs[i], rows[first[i]]
+        sides = (row["preferred"], 1 - row["preferred"])
+        both = [data.open_image(images[row["ranking_id"]][f"jpg_{side}"], "") for side in sides]
+        assert item["caption"] == row["caption"]
+        assert torch.equal(item["user"], embeddings[row["user"]][0])
+        pixels = item["images"].permute(0, 2, 3, 1)  # drawn at the codec's own size
+        assert np.array_equal(pixels, np.stack(both))
 
 
-def test_resume_is_exact(world, trained, tmp_path):
+def test_schema_of_a_micro_batch(world):
+    """Shapes, dtypes and order of what collate() makes, of images and of cached latents."""
+    base = load_base("tiny")
+    pairs, _, _ = training_pairs(world, separate=True)
+    examples = [pairs[i] for i in range(3)]
+    batch = data.collate(examples, base.tokenize)
+    assert {key: (tuple(value.shape), value.dtype) for key, value in batch.items()} == dict(
+        tokens=((2, 3, 16), torch.int64),
+        images=((6, 3, 32, 32), torch.uint8),
+        noise=((6, 16, 8, 8), torch.float32),
+        t=((3,), torch.float32),
+        user=((3, 3), torch.float32),
+        u_drop=((3,), torch.float32),
+    )
+    assert torch.equal(batch["tokens"], base.tokenize([pair["caption"] for pair in examples]))
+    for i, pair in enumerate(examples):
+        for key in ("images", "noise"):
+            assert torch.equal(batch[key][i], pair[key][0])  # the preferred first
+            assert torch.equal(batch[key][3 + i], pair[key][1])
+            assert not torch.equal(pair[key][0], pair[key][1])
+        assert batch["t"][i] == pytest.approx(pair["t"]) and 0.75 <= pair["t"] <= 1
+        assert batch["u_drop"][i] == pytest.approx(pair["u_drop"]) and 0 <= pair["u_drop"] < 1
+        assert torch.equal(batch["user"][i], pair["user"])
+    latents = [pair | dict(images=pair["noise"].bfloat16()) for pair in examples]
+    cached = data.collate(latents, base.tokenize)["images"]
+    assert cached.dtype == torch.bfloat16 and torch.equal(cached, batch["noise"].bfloat16())
+
+
+def test_resume_is_exact(world, trained, tmp_path, monkeypatch):
     """Stopped after 2 of 4 steps by a signal and resumed: the same bytes as the undisturbed run."""
     out = tmp_path / "run"
-    common = [
-        "--users",
-        str(world[1]),
-        "--out",
-        str(out),
-        *TRAIN,
-        "--max-steps",
-        "4",
-        "--preview-every",
-        "4",
-        "--resume",
-    ]
-    real, calls = train.forward, []
+    flags = [*FOUR_STEPS, "--resume"]
+    real, calls = train.micro_step, []
 
-    def interrupted(*args, **kwargs):
-        calls.append(kwargs.get("backward"))
-        if len([c for c in calls if c]) == 2 and calls[-1]:  # in the middle of step 1
-            os.kill(os.getpid(), 15)
-        return real(*args, **kwargs)
+    def interrupted(base, adapter, batch, beta, user_drop, pairs_a_step=None):
+        if pairs_a_step:  # not validation
+            calls.append(1)
+            if len(calls) == 2:  # in the middle of step 1
+                os.kill(os.getpid(), signal.SIGTERM)
+        return real(base, adapter, batch, beta, user_drop, pairs_a_step)
 
-    train.forward = interrupted
-    try:
-        train.main(common)
-    finally:
-        train.forward = real
-    assert torch.load(out / "state.pt", weights_only=True)["step"] == 2
-    (out / "train.jsonl").open("a").write(
-        json.dumps(dict(step=2, loss=9)) + "\n"
-    )  # a line the lost step had written
-    train.main(common)
-    assert (out / "adapter.safetensors").read_bytes() == (
-        trained / "adapter.safetensors"
-    ).read_bytes()
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "micro_step", interrupted)
+        train_here(world[1], out, *flags)
+    assert state_of(out)["step"] == 2
+    append_line(out / "train.jsonl", json.dumps(dict(step=2, loss=9)))  # a lost step's line
+    train_here(world[1], out, *flags)
+    adapters = [folder / "adapter.safetensors" for folder in (out, trained)]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
     assert [line["step"] for line in lines(out)] == [0, 1, 2, 3] and lines(out)[2]["loss"] != 9
-    assert train.main(common) is None  # finished already: says so, exits 0
+    train_here(world[1], out, *flags)  # finished already: says so, exits 0
 
 
 def test_resume_says_what_it_does(world, trained, tmp_path, capsys):
-    train.main(
-        [
-            "--users",
-            str(world[1]),
-            "--out",
-            str(tmp_path / "new"),
-            *TRAIN,
-            "--max-steps",
-            "1",
-            "--resume",
-        ]
-    )
+    train_here(world[1], tmp_path / "new", "--max-steps", 1, "--resume")
     assert "nothing to resume" in capsys.readouterr().out
-    for change, message in (
-        (["--beta", "0.5"], "--beta is 0.5, but was 6.0 when the run in"),
-        (["--seed", "1"], "--seed is 1, but was 0 when the run in"),
+    swapped = tmp_path / "swapped"  # as many pairs, other vectors
+    one_hot = ("--one-hot", "warm", "light", "large")
+    script("embed.py", "--data", world[0], *one_hot, "--users", swapped)
+    for users, change, message in (
+        (world[1], ["--beta", 0.5], "--beta is 0.5, but was 6.0 when the run in"),
+        (world[1], ["--seed", 1], "--seed is 1, but was 0 when the run in"),
+        (swapped, [], "--users is .*; the content of --users, by digest, is "),
     ):
         with pytest.raises(SystemExit, match=message):
-            train.main(
-                [
-                    "--users",
-                    str(world[1]),
-                    "--out",
-                    str(trained),
-                    *TRAIN,
-                    "--max-steps",
-                    "4",
-                    "--preview-every",
-                    "4",
-                    "--resume",
-                    *change,
-                ]
-            )
-    script(
-        "embed.py",
-        "--data",
-        world[0],
-        "--one-hot",
-        "warm",
-        "light",
-        "large",
-        "--users",
-        tmp_path / "swapped",
-    )  # as many pairs, other vectors
-    with pytest.raises(SystemExit, match="--users is"):
-        train.main(
-            [
-                "--users",
-                str(tmp_path / "swapped"),
-                "--out",
-                str(trained),
-                *TRAIN,
-                "--max-steps",
-                "4",
-                "--preview-every",
-                "4",
-                "--resume",
-            ]
-        )
+            train_here(users, trained, *FOUR_STEPS, "--resume", *change)
 
 
 def test_a_base_with_a_small_codec_gets_the_small_recipe(world):
-    recipe = lambda base: (
-        train.arguments(["--users", str(world[1]), "--out", "nowhere", "--base", base]).batch
-    )
-    assert (
-        recipe("tiny") == recipe("assets/tiny") == train.RECIPES["tiny"]["batch"]
-        and recipe("stable-cascade") == train.RECIPES["full"]["batch"]
-    )
+    def defaults(base):
+        flags = ["--users", str(world[1]), "--out", "nowhere", "--base", base]
+        return train.parse_args(flags)
+
+    for base in ("tiny", "tiny/checkpoints"):
+        assert defaults(base).batch == train.DEFAULTS["tiny"]["batch"]
+    assert defaults("stable-cascade").batch == train.DEFAULTS["full"]["batch"]
+
+
+def test_a_folder_named_tiny_does_not_hide_the_tiny_base(tmp_path, monkeypatch):
+    """The scripts' own folder `tiny` stands beside them; any other may stand where they run."""
+    assert (ROOT / "tiny").is_dir()
+    (tmp_path / "tiny" / "prior").mkdir(parents=True)
+    (tmp_path / "tiny" / "config.json").write_text("{}")
+    for folder in (ROOT, tmp_path):
+        monkeypatch.chdir(folder)
+        assert find_base("tiny") == (TINY, "prior")
+        assert find_base("tiny:prior_lite") == (TINY, "prior_lite")
+        model, _, _ = embed.load_vlm("tiny", "cpu")
+        assert Path(model.name_or_path) == TINY / "vlm"
+        assert load_base("tiny").channels == [128] * 8
 
 
 def test_a_non_finite_loss_stops_before_the_step(world, tmp_path, monkeypatch):
     real = train.ppd_loss
-    monkeypatch.setattr(
-        train,
-        "ppd_loss",
-        lambda *a, **k: (lambda losses, log: (losses * math.nan, log))(*real(*a, **k)),
-    )
-    with pytest.raises(SystemExit, match="step 0: not finite on rank 0: the loss of pairs "):
-        train.main(["--users", str(world[1]), "--out", str(tmp_path), *TRAIN])
+
+    def not_finite(*arguments):
+        losses, log = real(*arguments)
+        return losses * math.nan, log
+
+    monkeypatch.setattr(train, "ppd_loss", not_finite)
+    with pytest.raises(SystemExit, match="step 0: not finite: the loss of rank 0. "):
+        train_here(world[1], tmp_path)
     assert not (tmp_path / "adapter.safetensors").exists()
 
 
-# ----------------------------------------------------------------------------------------------------- sample, evaluate
-def test_sample_cold_within_20_seconds(tmp_path):
-    began = time.time()
-    script(
-        "sample.py",
-        "--user",
-        "assets/onehot/light.pt",
-        "--adapter",
-        "assets/onehot",
-        "--prompt",
-        "a red star",
-        "--out",
-        tmp_path,
-    )
-    assert time.time() - began <= 20
+# ------------------------------------------------------------------------------- how a run ends
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("fails", [False, True])
+def test_signals_are_handled_as_before_a_run(number, fails, lean, tmp_path, monkeypatch):
+    inside, real = [], train.micro_step
+
+    def seen(*arguments):
+        inside.append(signal.getsignal(number))
+        if fails:
+            raise RuntimeError("by hand")
+        return real(*arguments)
+
+    def mine(*_):
+        """A caller's own handler."""
+
+    monkeypatch.setattr(train, "micro_step", seen)
+    before = signal.signal(number, mine)
+    try:
+        with pytest.raises(RuntimeError, match="by hand") if fails else contextlib.nullcontext():
+            train_here(lean[1], tmp_path, "--max-steps", 1)
+        assert signal.getsignal(number) is mine
+    finally:
+        signal.signal(number, before)
+    assert inside and mine not in inside
+
+
+# train.py whose last rank fails in its third micro-step, and says when, and which processes it has
+BY_HAND = """
+import multiprocessing, os, sys, time, train
+real, calls = train.micro_step, []
+def micro_step(*arguments):
+    calls.append(1)
+    if len(calls) == 3:
+        workers = [child.pid for child in multiprocessing.active_children()]
+        failing = int(os.environ.get("RANK", 0)) + 1 == int(os.environ.get("WORLD_SIZE", 1))
+        print("pids", os.getpid(), *workers, flush=True)
+        if failing:
+            print("raised at", time.time(), flush=True)
+            raise RuntimeError("by hand")
+    return real(*arguments)
+train.micro_step = micro_step
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_unforeseen_error_ends_the_run(ranks, lean, tmp_path):
+    """With workers, whose processes would keep the interpreter waiting: within 20 seconds of the
+    error, with its traceback, and no process is left."""
+    torchrun = [*TORCHRUN, "--no-python", sys.executable] if ranks == 2 else []
+    flags = train_flags(lean[1], tmp_path / "run", "--micro", 2, "--workers", 2)
+    command = [sys.executable, *torchrun, "-c", BY_HAND, *flags]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        run = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            run.wait(timeout=600)
+        finally:
+            ended = time.time()
+            run.terminate()
+    said = log.read_text()
+    assert run.returncode != 0 and "RuntimeError: by hand" in said and "Traceback" in said
+    (raised,) = re.findall(r"raised at ([\d.]+)", said)
+    assert ended - float(raised) < 20
+    started = [int(pid) for pids in re.findall(r"pids ([\d ]+)", said) for pid in pids.split()]
+    assert len(started) == 3 * ranks
+    for pid in started:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+# ---------------------------------------------------------------------------- sample, evaluate
+def test_sample_after_the_clone(tmp_path):
+    one = ("--user", LIGHT, "--adapter", "assets/onehot", "--prompt", "a red star")
+    script("sample.py", *one, "--out", tmp_path)
     (path,) = tmp_path.glob("*.png")
     settings = json.loads(Image.open(path).text["ppd"])
-    assert (
-        settings["prompt"] == "a red star"
-        and settings["seed"] == 0
-        and settings["user"] == [["assets/onehot/light.pt", None]]
-    )
-    assert (
-        settings["guidance"] == 2
-        and settings["steps"] == 20
-        and settings["adapter"] == "assets/onehot/adapter.safetensors"
-    )
+    assert settings["prompt"] == "a red star" and settings["seed"] == 0
+    assert settings["user"] == [[LIGHT, None]]
+    assert settings["guidance"] == 2 and settings["steps"] == 20
+    assert settings["adapter"] == "assets/onehot/adapter.safetensors"
 
 
-def test_scale_0_is_the_base_bit_for_bit_and_the_person_is_not(tmp_path):
-    common = ["--prompt", "a red star", "--steps", "4", "--adapter", "assets/onehot", "--size", "0"]
-    pixels = {}
-    for name, how in dict(
-        base=["--user", "base"],
-        zeroed=["--user", "assets/onehot/light.pt", "--user-scale", "0"],
-        light=["--user", "assets/onehot/light.pt"],
-    ).items():
-        sample.main([*common, *how, "--out", str(tmp_path / name)])
-        pixels[name] = np.asarray(Image.open(next((tmp_path / name).glob("*.png"))))
-    assert pixels["base"].shape == (32, 32, 3)
-    assert (pixels["base"] == pixels["zeroed"]).all() and (pixels["base"] != pixels["light"]).any()
+def sample_here(out, *flags):
+    """sample.py in this process, with the shipped one-hot adapter; the first image's pixels."""
+    sample.main([*map(str, ("--adapter", "assets/onehot", "--out", out, *flags))])
+    return np.asarray(Image.open(min(out.glob("*a-red-star*.png"))))
+
+
+def test_scale_0_is_the_base_bit_for_bit_and_the_user_is_not(tmp_path):
+    how = ("--prompt", "a red star", "--steps", 4, "--size", 0)
+    base = sample_here(tmp_path / "base", *how, "--user", "base")
+    zeroed = sample_here(tmp_path / "zeroed", *how, "--user", LIGHT, "--user-scale", 0)
+    light = sample_here(tmp_path / "light", *how, "--user", LIGHT)
+    assert base.shape == (32, 32, 3)
+    assert (base == zeroed).all() and (base != light).any()
 
 
 def test_grid_blend_and_prompt_file(tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a red star\n\na blue circle\n")
-    sample.main(
-        [
-            "--prompts",
-            str(tmp_path / "prompts.txt"),
-            "--user",
-            "base",
-            "--user",
-            "zero",
-            "--user",
-            "assets/onehot/warm.pt",
-            "--adapter",
-            "assets/onehot",
-            "--steps",
-            "2",
-            "--out",
-            str(tmp_path / "grid"),
-        ]
-    )
-    assert (
-        len(list((tmp_path / "grid").glob("*.png"))) == 7
-        and (tmp_path / "grid" / "grid.png").exists()
-    )
-    blend = lambda a, b, out: sample.main(
-        [
-            "--prompt",
-            "a red star",
-            "--user",
-            f"assets/onehot/warm.pt:{a}",
-            "--user",
-            f"assets/onehot/light.pt:{b}",
-            "--adapter",
-            "assets/onehot",
-            "--steps",
-            "2",
-            "--out",
-            str(tmp_path / out),
-        ]
-    )
-    blend(1, 0, "pure"), blend(0.5, 0.5, "mixed")
-    pure, mixed = (
-        np.asarray(Image.open(next((tmp_path / k).glob("*.png")))) for k in ("pure", "mixed")
-    )
-    warm = np.asarray(Image.open(tmp_path / "grid" / "0000-a-red-star_warm_0.png"))
-    assert np.abs(pure.astype(int) - warm).max() <= 1 and (mixed != pure).any()
+    how = ("--prompts", tmp_path / "prompts.txt", "--steps", 2)
+    warm = "assets/onehot/warm.pt"
+    grid = tmp_path / "grid"
+    sample_here(grid, *how, "--user", "base", "--user", "zero", "--user", warm)
+    assert len(list(grid.glob("*.png"))) == 7 and (grid / "grid.png").exists()
+    alone = np.asarray(Image.open(grid / "0000-a-red-star_warm_0.png"))
+    pure = sample_here(tmp_path / "pure", *how, "--user", f"{warm}:1", "--user", f"{LIGHT}:0")
+    half = ("--user", f"{warm}:0.5", "--user", f"{LIGHT}:0.5")
+    mixed = sample_here(tmp_path / "mixed", *how, *half)
+    assert np.abs(pure.astype(int) - alone).max() <= 1 and (mixed != pure).any()
     sample.main(["--prompt", "a red star " * 10, "--steps", "1", "--out", str(tmp_path / "long")])
     assert "the text encoder reads 16" in capsys.readouterr().err
 
 
 def test_evaluate_rewards_small(world, trained, tmp_path):
-    evaluate.main(
-        ["rewards", "--adapter", str(trained), "--n", "8", "--steps", "2", "--out", str(tmp_path)]
-    )
-    first = json.loads((tmp_path / "evaluation.json").read_text())
-    for name in ("light", "warm", "large"):
+    def run():
+        small = ("--n", "8", "--steps", "2", "--out", str(tmp_path))
+        evaluate.main(["rewards", "--adapter", str(trained), *small])
+        return json.loads((tmp_path / "evaluation.json").read_text())
+
+    first = run()
+    for name in NAMES:
         r = first["rewards"]["figure_3"][name]["base"]
-        assert (
-            r.keys() == {"win_rate", "n", "ci95", "mean", "mean_other"}
-            and r["n"] == 8
-            and r["ci95"][0] <= r["win_rate"] <= r["ci95"][1]
-        )
-    assert all(
-        first["rewards"]["table_1"][method]["fidelity"]["n"] == 8 for method in ("base", "PPD")
-    )
+        assert r.keys() == {"win_rate", "n", "ci95", "mean", "mean_other"}
+        assert r["n"] == 8 and r["ci95"][0] <= r["win_rate"] <= r["ci95"][1]
+    for method in ("base", "PPD"):
+        assert first["rewards"]["table_1"][method]["fidelity"]["n"] == 8
     assert first["rewards"]["made"]["command"].startswith("python evaluate.py rewards --adapter")
     (tmp_path / "evaluation.json").write_text(json.dumps(first | dict(other=1)))
-    evaluate.main(
-        ["rewards", "--adapter", str(trained), "--n", "8", "--steps", "2", "--out", str(tmp_path)]
-    )
-    second = json.loads((tmp_path / "evaluation.json").read_text())
-    assert first["rewards"].pop("made") | dict(seconds=0) == second["rewards"].pop("made") | dict(
-        seconds=0
-    )
+    second = run()
+    made = [result["rewards"].pop("made") | dict(seconds=0) for result in (first, second)]
+    assert made[0] == made[1]
     assert second == first | dict(other=1)  # reproducible; only its own key
-    assert (tmp_path / "rewards.png").exists() and "| light |" in (
-        tmp_path / "evaluation.md"
-    ).read_text()
+    assert (tmp_path / "rewards.png").exists()
+    assert "| light |" in (tmp_path / "evaluation.md").read_text()
 
 
 def test_rates_and_intervals():
     r = evaluate.compare([1.0, 2.0, 3.0, 4.0], [0.0, 2.0, 5.0, 1.0])
     assert r["win_rate"] == 0.625 and r["n"] == 4
-    low, high = evaluate.wilson(0.5, 100)
-    assert (low, high) == (
-        pytest.approx(0.4038, abs=1e-4),
-        pytest.approx(0.5962, abs=1e-4),
-    )  # textbook values
-    assert evaluate.wilson(1.0, 10)[1] == 1 and evaluate.wilson(1.0, 10)[0] == pytest.approx(
-        0.7225, abs=1e-3
-    )
+    textbook = [pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4)]
+    assert evaluate.wilson(0.5, 100) == textbook
+    assert evaluate.wilson(1.0, 10) == [pytest.approx(0.7225, abs=1e-3), 1]
 
 
-def test_broken_picture_is_named_and_skipped(world, tmp_path, capsys):
+def test_broken_image_is_named_and_skipped(world, tmp_path, capsys):
     (tmp_path / "data").mkdir()
-    table = pq.read_table(sorted(world[0].glob("*.parquet"))).slice(0, 40)
+    source = sorted(world[0].glob("*.parquet"))[0]
+    table = pq.read_table(source).slice(0, 40)
     jpgs = table["jpg_0"].to_pylist()
-    file = sorted(world[0].glob("*.parquet"))[0].name
-    good, bad, worse = sorted(
-        {
-            p["row"]
-            for p in embed.read_pairs(world[1])[0]
-            if p["file"] == file and p["user"] == "light"
-        }
-    )[:3]
-    jpgs[bad], jpgs[worse] = b"no picture", jpgs[worse][:100]
-    pq.write_table(
-        table.set_column(table.column_names.index("jpg_0"), "jpg_0", [jpgs]),
-        tmp_path / "data" / "d.parquet",
-    )
-    embed.main(
-        ["--data", str(tmp_path / "data"), "--users", str(tmp_path / "u"), "--one-hot", "light"]
-    )
-    rows = {row["row"] for row in embed.read_pairs(tmp_path / "u")[0]}
+    pairs = [pair for pair in data.read_pairs(world[1])[0] if pair["file"] == source.name]
+    good, bad, worse = sorted({pair["row"] for pair in pairs if pair["user"] == "light"})[:3]
+    jpgs[bad] = b"no image"
+    jpgs[worse] = jpgs[worse][:100]
+    table = table.set_column(table.column_names.index("jpg_0"), "jpg_0", [jpgs])
+    pq.write_table(table, tmp_path / "data" / "d.parquet")
+    users = tmp_path / "users"
+    embed.main(["--data", str(tmp_path / "data"), "--users", str(users), "--one-hot", "light"])
+    rows = {row["row"] for row in data.read_pairs(users)[0]}
     assert good in rows and not {bad, worse} & rows
     said = capsys.readouterr().err
-    assert (
-        f"d.parquet row {bad} jpg_0: not a usable image" in said
-        and f"d.parquet row {worse} jpg_0" in said
-    )
+    assert f"d.parquet row {bad} jpg_0: not a usable image" in said
+    assert f"d.parquet row {worse} jpg_0" in said

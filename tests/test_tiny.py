@@ -1,4 +1,5 @@
-"""The drawn world: its checker, its rewards, its people, its data's schema, and the splits made of it."""
+"""The drawn world: its checker, its rewards, its users, its data's schema, and the splits made of
+it; and how its small checkpoints were trained."""
 
 import json
 
@@ -6,49 +7,49 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import script
 from PIL import Image
 from safetensors.torch import load_file
 
 import embed
-import tiny
-from ppd import StableCascade
+import tiny.train
+import tiny.world
+from bases import load_base
+from conftest import script
+from data import SPLITS, hash_fraction, open_image, split_rows
+from utils import TINY, InputError
 
 VALIDATION = {"a red cross", "a blue star", "a pink circle", "a pink star"}
-TEST = {
-    "a red star",
-    "an orange circle",
-    "a yellow square",
-    "a green circle",
-    "a cyan cross",
-    "a blue cross",
-    "a purple triangle",
-    "a pink square",
-}
+TEST = {"a red star", "an orange circle", "a yellow square", "a green circle"}
+TEST |= {"a cyan cross", "a blue cross", "a purple triangle", "a pink square"}
+PICK_A_PIC_COLUMNS = """are_different best_image_uid caption created_at has_label image_0_uid
+image_0_url image_1_uid image_1_url jpg_0 jpg_1 label_0 label_1 model_0 model_1 ranking_id user_id
+num_example_per_prompt __index_level_0__"""
 
 
 @pytest.fixture(scope="module")
 def drawn():
     rng = np.random.default_rng(123)
-    captions = tiny.CAPTIONS * 25
-    return [tiny.draw_random(rng, c) for c in captions], captions
+    captions = tiny.world.CAPTIONS * 25
+    return [tiny.world.draw_random(rng, caption) for caption in captions], captions
 
 
-def test_checker_reads_drawn_pictures(drawn):
+# -------------------------------------------------------------------------- images and rewards
+def test_checker_reads_drawn_images(drawn):
     images, captions = drawn
-    assert np.mean(tiny.fidelity(images, captions)) >= 0.98
-    wrong = captions[1:] + captions[:1]  # another shape, and now and then another colour
-    assert np.mean(tiny.fidelity(images, wrong)) <= 0.02
-    assert tiny.recognise([Image.new("RGB", (32, 32), "gray")]) == [(None, None)]
+    assert np.mean(tiny.world.fidelity(images, captions)) >= 0.98
+    wrong = captions[1:] + captions[:1]  # another shape, and now and then another color
+    assert np.mean(tiny.world.fidelity(images, wrong)) <= 0.02
+    assert tiny.world.recognize([Image.new("RGB", (32, 32), "gray")]) == [(None, None)]
 
 
 def test_axes_are_what_the_table_says(drawn):
-    z = (tiny.measure(drawn[0]) - tiny.MEAN) / tiny.STD
+    z = (tiny.world.measure(drawn[0]) - tiny.world.MEAN) / tiny.world.STD
     assert np.abs(z.mean(0)).max() < 0.12 and np.abs(z.std(0) - 1).max() < 0.08
+    assert np.array_equal(tiny.world.standardized(drawn[0]), z)
 
 
 def test_rewards_move_with_what_they_name():
-    still = dict(colour="red", shape="circle")
+    still = dict(color="red", shape="circle")
     for name, less, more in (
         ("light", dict(light=0.3), dict(light=0.7)),
         ("warm", dict(warm=-0.1), dict(warm=0.1)),
@@ -56,183 +57,187 @@ def test_rewards_move_with_what_they_name():
         ("right", dict(x=0.2), dict(x=0.8)),
         ("high", dict(y=0.8), dict(y=0.2)),
     ):
-        low, high = tiny.reward(name, [tiny.draw(**still, **less), tiny.draw(**still, **more)])
+        images = [tiny.world.draw(**still, **setting) for setting in (less, more)]
+        low, high = tiny.world.reward(name, images)
         assert high > low + 0.5, name
-        opposite = tiny.AXES[name][1]
-        assert np.allclose(tiny.reward(opposite, [tiny.draw(**still, **less)]), -low)
+        opposite = tiny.world.AXES[name][1]
+        assert np.allclose(tiny.world.reward(opposite, images[:1]), -low)
 
 
 def test_smallest_subject_is_a_third_of_the_width(drawn):
-    _, masks = tiny.subject(tiny.pixels(drawn[0]))
-    widths = [np.flatnonzero(m.any(0)).size for m in masks]
+    _, masks = tiny.world.segment(tiny.world.to_array(drawn[0]))
+    widths = [np.flatnonzero(mask.any(0)).size for mask in masks]
     assert min(widths) >= 32 / 3 - 1  # the outermost column may be only faintly covered
 
 
-def test_people_are_sparse_and_like_light_mildly():
-    tastes, words = tiny.people(500, 3)
+# -------------------------------------------------------------------------------------- users
+def test_users_are_sparse_and_like_light_mildly():
+    tastes, words = tiny.world.draw_users(500, 3)
     own = tastes.copy()
-    own[:, 0] -= tiny.COMMON
-    assert {len(w) for w in words} == {1, 2} and np.allclose(
-        np.linalg.norm(own, axis=1), 1, atol=1e-5
-    )
-    for taste, names in zip(own[:20], words):
-        assert all(np.sign(taste[tiny.WORDS[n][0]]) == tiny.WORDS[n][1] for n in names)
+    own[:, 0] -= tiny.world.SHARED_LIGHT_BIAS
+    assert {len(w) for w in words} == {1, 2}
+    assert np.allclose(np.linalg.norm(own, axis=1), 1, atol=1e-5)
+    for taste, names in zip(own[:20], words[:20], strict=True):
+        for axis, sign in (tiny.world.WORDS[name] for name in names):
+            assert np.sign(taste[axis]) == sign
+
+
+def test_tastes_and_what_choices_tell():
+    weights, named, odds = tiny.world.all_tastes()
+    assert weights.shape == (50, 5) and named.shape == (50, 10) and odds.sum() == pytest.approx(1)
+    tastes, words = tiny.world.draw_users(4000, 0)
+    for some, taste in zip(words[:200], tastes[:200], strict=True):  # draw_users draws nothing else
+        mentioned = [word in some for word in tiny.world.WORDS]
+        assert np.allclose(weights[(named == mentioned).all(1)], taste, atol=1e-6)
+    assert np.mean([len(some) == 1 for some in words]) == pytest.approx(0.5, abs=0.03)
+    z = np.random.default_rng(0).normal(size=(3, 4, 2, 5))
+    scale = tiny.world.BRADLEY_TERRY_SCALE
+    for choices, posterior in zip(z, tiny.world.taste_posterior(z), strict=True):
+        likely = []  # Bayes' rule, written out
+        for taste, prior in zip(weights, odds, strict=True):
+            chosen = [1 / (1 + np.exp(-scale * (taste @ (a - b)))) for a, b in choices]
+            likely.append(prior * np.prod(chosen))
+        assert np.allclose(posterior, np.array(likely) / sum(likely))
+
+
+# --------------------------------------------------------------------------- data and splits
+def read_table(data):
+    """Every row of a data folder, as dicts; created_at is no datetime that Python knows."""
+    table = pq.read_table(sorted(data.glob("*.parquet")))
+    assert table.column_names == PICK_A_PIC_COLUMNS.split()
+    return table.drop_columns(["created_at"]).to_pylist()
 
 
 def test_data_is_pick_a_pic_v2(world):
     data, _ = world
-    table = pq.read_table(sorted(data.glob("*.parquet")))
-    assert table.column_names == [
-        "are_different",
-        "best_image_uid",
-        "caption",
-        "created_at",
-        "has_label",
-        "image_0_uid",
-        "image_0_url",
-        "image_1_uid",
-        "image_1_url",
-        "jpg_0",
-        "jpg_1",
-        "label_0",
-        "label_1",
-        "model_0",
-        "model_1",
-        "ranking_id",
-        "user_id",
-        "num_example_per_prompt",
-        "__index_level_0__",
-    ]
-    rows = table.drop_columns(["created_at"]).to_pylist()
-    assert {r["label_0"] for r in rows} == {0, 0.5, 1} and all(
-        r["label_0"] + r["label_1"] == 1 for r in rows
-    )
-    assert len({u for r in rows for u in (r["image_0_uid"], r["image_1_uid"])}) < 2 * len(
-        rows
-    )  # some winners stay on screen
+    rows = read_table(data)
+    assert {row["label_0"] for row in rows} == {0, 0.5, 1}
+    assert all(row["label_0"] + row["label_1"] == 1 for row in rows)
     images = {}
-    for r in rows:
-        for k in "01":
-            assert (
-                images.setdefault(r[f"image_{k}_uid"], r[f"jpg_{k}"]) == r[f"jpg_{k}"]
-            )  # one uid, one picture
+    for row in rows:
+        for side in "01":
+            content = row[f"jpg_{side}"]
+            assert images.setdefault(row[f"image_{side}_uid"], content) == content  # one uid, one
+    assert len(images) < 2 * len(rows)  # some winners stay on screen
     stats = json.loads((data / "people.json").read_text())["stats"]
     assert stats["agreement"] <= 0.90 and 0.55 <= stats["lighter_wins"] <= 0.65
 
 
 def test_held_out_captions_are_fixed():
-    splits = {c: embed.share("caption", c) for c in tiny.CAPTIONS}
-    assert {c for c, s in splits.items() if s < 0.1} == VALIDATION
-    assert {c for c, s in splits.items() if 0.1 <= s < 0.3} == TEST
+    splits = {caption: hash_fraction("caption", caption) for caption in tiny.world.CAPTIONS}
+    assert {caption for caption, s in splits.items() if s < 0.1} == VALIDATION
+    assert {caption for caption, s in splits.items() if 0.1 <= s < 0.3} == TEST
 
 
 def test_splits(world):
     data, users = world
     pairs = pq.read_table(users / "pairs.parquet").to_pylist()
-    by = {s: [p for p in pairs if p["split"] == s] for s in embed.SPLITS}
-    assert all(by.values())
-    assert not {p["caption"] for p in by["train"]} & (VALIDATION | TEST)
-    assert {p["caption"] for p in by["validation"]} <= VALIDATION
-    assert {p["caption"] for p in by["test-seen"] + by["test-unseen"]} <= TEST
-    rows = {
-        r["ranking_id"]: r
-        for r in pq.read_table(sorted(data.glob("*.parquet")))
-        .drop_columns(["created_at"])
-        .to_pylist()
-    }
-    people = lambda split: {rows[p["ranking_id"]]["user_id"] for p in by[split]}
-    assert not people("test-unseen") & (
-        people("train") | people("validation") | people("test-seen")
-    )
-    images = lambda split: {p[k] for p in by[split] for k in ("image_0_uid", "image_1_uid")}
-    assert not images("train") & (
-        images("validation") | images("test-seen") | images("test-unseen")
-    )
-    for p in pairs[::37]:  # relabelled by the reward, from the pictures themselves
-        r = rows[p["ranking_id"]]
-        first, second = tiny.reward(
-            p["user"], [embed.open_image(r[k], k) for k in ("jpg_0", "jpg_1")]
-        )
-        assert p["preferred"] == int(second > first) and p["score_0"] == pytest.approx(
-            float(first), abs=1e-6
-        )
+    by_split = {split: [p for p in pairs if p["split"] == split] for split in SPLITS}
+    assert all(by_split.values())
+    rows = {row["ranking_id"]: row for row in read_table(data)}
+
+    def captions(*splits):
+        return {pair["caption"] for split in splits for pair in by_split[split]}
+
+    def authors(*splits):
+        ids = [pair["ranking_id"] for split in splits for pair in by_split[split]]
+        return {rows[i]["user_id"] for i in ids}
+
+    def images(*splits):
+        shown = [pair for split in splits for pair in by_split[split]]
+        return {pair[key] for pair in shown for key in ("image_0_uid", "image_1_uid")}
+
+    held_out = ("validation", "test-seen", "test-unseen")
+    assert not captions("train") & (VALIDATION | TEST)
+    assert captions("validation") <= VALIDATION
+    assert captions("test-seen", "test-unseen") <= TEST
+    assert not authors("test-unseen") & authors("train", "validation", "test-seen")
+    assert not images("train") & images(*held_out)
+    for pair in pairs[::37]:  # relabeled by the reward, from the images themselves
+        row = rows[pair["ranking_id"]]
+        shown = [open_image(row[key], key) for key in ("jpg_0", "jpg_1")]
+        first, second = tiny.world.reward(pair["user"], shown)
+        assert pair["preferred"] == int(second > first)
+        assert pair["score_0"] == pytest.approx(float(first), abs=1e-6)
 
 
-def test_a_row_that_shares_a_picture_with_train_is_dropped():
-    seen = next(u for u in range(100) if embed.share("user", u) >= 0.25)
-    row = lambda i, caption, a, b: dict(
-        ranking_id=i,
-        user_id=seen,
-        caption=caption,
-        image_0_uid=a,
-        image_1_uid=b,
-        label_0=1.0,
-        file="f",
-        row=i,
-    )
+def test_a_row_that_shares_an_image_with_train_is_dropped():
+    seen = next(user for user in range(100) if hash_fraction("user", user) >= 0.25)
+
+    def row(i, caption, a, b, label=1.0):
+        images = dict(image_0_uid=a, image_1_uid=b, label_0=label)
+        return dict(ranking_id=i, user_id=seen, caption=caption, file="f", row=i) | images
+
     rows = [
         row(0, "a red circle", "a", "b"),
         row(1, "a red star", "b", "c"),
         row(2, "a red star", "d", "e"),
-        row(3, "a red circle", "f", "g") | dict(label_0=0.5),
+        row(3, "a red circle", "f", "g", label=0.5),
     ]
-    kept, dropped = embed.split_rows(rows, 0.1, 0.2, 0.25)
-    assert (
-        [r["ranking_id"] for r in kept] == [0, 2]
-        and dropped["image also in train"] == 1
-        and dropped["tie or no label"] == 1
-    )
+    kept, dropped = split_rows(rows, 0.1, 0.2, 0.25)
+    assert [r["ranking_id"] for r in kept] == [0, 2]
+    assert dropped["image also in train"] == 1 and dropped["tie or no label"] == 1
 
 
+# --------------------------------------------------------------------------- the small base
 def test_codec_is_nearly_lossless(drawn):
-    base = StableCascade("tiny")
-    latents = base.encode_images(drawn[0][:100])
+    base = load_base("tiny")
+    images = drawn[0][:100]
+    latents = base.encode_images(images)
     assert latents.shape == (100, 16, 8, 8) and 0.7 < latents.var() < 1.3
-    error = np.abs(
-        tiny.pixels(base.decode(latents, [""] * 100, range(100))) - tiny.pixels(drawn[0][:100])
-    )
+    decoded = base.decode(latents, [""] * 100, range(100))
+    error = np.abs(tiny.world.to_array(decoded) - tiny.world.to_array(images))
     assert error.mean() < 0.015
 
 
+def test_taste_words_steer_the_base():
+    """A third of its captions carried them; experiments compare PPD with simply writing the taste
+    into the prompt."""
+    base = load_base("tiny")
+    plain = sorted(TEST) * 2
+    seeds = range(len(plain))
+
+    def generate(prompts):
+        return base.decode(base.sample(prompts, seeds), prompts, seeds)
+
+    before = generate(plain)
+    for word in ("light", "dark", "warm", "cool", "large", "small"):  # those of place work weakly
+        worded = generate([f"{caption}, {word}" for caption in plain])
+        gain = tiny.world.reward(word, worded) - tiny.world.reward(word, before)
+        assert gain.mean() > 0.5, word
+
+
 def test_base_training(tmp_path):
-    """The command that made assets/tiny, for two steps; TORCHDYNAMO_DISABLE spares the compilation."""
-    few = [
-        "tiny.py",
-        "base",
-        "--out",
-        tmp_path,
-        "--steps",
-        2,
-        "--batch",
-        4,
-        "--pictures",
-        80,
-        "--width",
-        64,
-        "--layers",
-        1,
-        1,
-    ]
-    script(*few, TORCHDYNAMO_DISABLE="1")
+    """The command that made tiny/checkpoints, for two steps; TORCHDYNAMO_DISABLE spares the
+    compilation."""
+    few = "--steps 2 --batch 4 --pictures 80 --width 64 --layers 1 1".split()
+    script("-m", "tiny.train", "base", "--out", tmp_path, *few, TORCHDYNAMO_DISABLE="1")
     made, shipped = (
-        {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
-        for folder in (tmp_path, tiny.Path("assets/tiny"))
+        {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path, TINY)
     )
     assert made == {name for name in shipped if not name.startswith("vlm")}
-    base = StableCascade(tmp_path)
-    assert (
-        base.latent_shape == (16, 8, 8)
-        and base.prior.config.dropout == [0.1, 0.1]
-        and base.prior.config.switch_level == [False]
-    )
+    base = load_base(tmp_path)
+    config = base.prior.config
+    assert base.latent_shape == (16, 8, 8)
+    assert config.dropout == [0.1, 0.1] and config.switch_level == [False]
     assert torch.isfinite(base.sample(["a red star"], [0], steps=2)).all()
 
 
+def assert_same_weights(folder, other):
+    files = sorted(folder.rglob("*.safetensors"))
+    assert files
+    for file in files:
+        a, b = load_file(file), load_file(other / file.relative_to(folder))
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), file
+
+
 def test_base_training_resumes_exactly(tmp_path, monkeypatch):
-    few = dict(
-        steps=4, batch=4, lr=1e-3, seed=0, pictures=80, width=64, layers=(1, 1), save_every=1
-    )
-    clip, calls = torch.nn.utils.clip_grad_norm_, []
+    few = dict(steps=4, batch=4, lr=1e-3, seed=0, pictures=80, width=64, layers=(1, 1))
+    few |= dict(save_every=1, init=None, lean=2.0)
+    whole, parts, more = (tmp_path / name for name in ("whole", "parts", "more"))
+    clip = torch.nn.utils.clip_grad_norm_
+    calls = []
 
     def killed_in_the_third_step(*args):
         calls.append(1)
@@ -241,110 +246,62 @@ def test_base_training_resumes_exactly(tmp_path, monkeypatch):
         return clip(*args)
 
     with torch.compiler.set_stance("force_eager"):
-        tiny.train_base(tmp_path / "whole", **few)
+        tiny.train.train_base(whole, **few)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(torch.nn.utils, "clip_grad_norm_", killed_in_the_third_step)
-            tiny.train_base(tmp_path / "parts", **few)
-        assert torch.load(tmp_path / "parts" / "state.pt", weights_only=True)["step"] == 2
-        tiny.train_base(tmp_path / "parts", **few)
-    for file in sorted((tmp_path / "whole").rglob("*.safetensors")):
-        a, b = load_file(file), load_file(tmp_path / "parts" / file.relative_to(tmp_path / "whole"))
-        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), file
-    with torch.compiler.set_stance(
-        "force_eager"
-    ):  # --init goes on from a finished base: no step at rate 0 changes it
-        tiny.train_base(
-            tmp_path / "more",
-            **few | dict(steps=1, lr=0.0, seed=1),
-            init=tmp_path / "whole",
-            lean=1.3,
-        )
-    for file in sorted((tmp_path / "whole").rglob("*.safetensors")):
-        a, b = load_file(file), load_file(tmp_path / "more" / file.relative_to(tmp_path / "whole"))
-        assert all(torch.equal(a[k], b[k]) for k in a), file
-    with pytest.raises(SystemExit, match="finished base"):
-        tiny.train_base(tmp_path / "parts", **few)
+            tiny.train.train_base(parts, **few)
+        assert torch.load(parts / "state.pt", weights_only=True)["step"] == 2
+        tiny.train.train_base(parts, **few)
+        assert_same_weights(whole, parts)
+        # --init goes on from a finished base: no step at rate 0 changes it
+        again = few | dict(steps=1, lr=0.0, seed=1, init=whole, lean=1.3)
+        tiny.train.train_base(more, **again)
+        assert_same_weights(whole, more)
+    with pytest.raises(InputError, match="finished base"):
+        tiny.train.train_base(parts, **few)
 
 
-def test_taste_words_steer_the_base():
-    """A third of its captions carried them; experiments compare PPD with simply writing the taste into the prompt."""
-    base, plain = StableCascade("tiny"), sorted(TEST) * 2
-    before = base.decode(base.sample(plain, range(16)), plain, range(16))
-    for word in (
-        "light",
-        "dark",
-        "warm",
-        "cool",
-        "large",
-        "small",
-    ):  # those of place are followed weakly
-        asked = [f"{caption}, {word}" for caption in plain]
-        worded = base.decode(base.sample(asked, range(16)), asked, range(16))
-        assert (tiny.reward(word, worded) - tiny.reward(word, before)).mean() > 0.5, word
-
-
-def test_tastes_and_what_choices_tell():
-    weights, named, odds = tiny.all_tastes()
-    assert weights.shape == (50, 5) and named.shape == (50, 10) and odds.sum() == pytest.approx(1)
-    tastes, words = tiny.people(4000, 0)
-    for some, taste in zip(words[:200], tastes):  # people() draws nothing else
-        assert np.allclose(
-            weights[(named == [w in some for w in tiny.WORDS]).all(1)], taste, atol=1e-6
-        )
-    assert np.mean([len(some) == 1 for some in words]) == pytest.approx(0.5, abs=0.03)
-    z = np.random.default_rng(0).normal(size=(3, 4, 2, 5))
-    for person, belief in zip(z, tiny.believe(z)):  # Bayes' rule, written out
-        likely = [
-            odds[h]
-            * np.prod([1 / (1 + np.exp(-tiny.CHOICE * (weights[h] @ (a - b)))) for a, b in person])
-            for h in range(50)
-        ]
-        assert np.allclose(belief, np.array(likely) / sum(likely))
-
-
-def test_lessons_of_the_small_vlm():
+# ---------------------------------------------------------------------------- the small VLM
+def test_what_the_small_vlm_learns_to_say_of_an_image():
     rng = np.random.default_rng(0)
-    z = rng.normal(size=(len(tiny.CAPTIONS), 30, 5))
-    _, answers, shown, _ = tiny.lesson(rng, z, 3, 4, "look")
-    for answer, i in zip(answers, shown[:, 0]):
-        assert (
-            answer
-            == ", ".join(a[int(v < 0)] for a, v in zip(tiny.WORD, z.reshape(-1, 5)[i]))
-            + "<|im_end|>"
-        )
-    for ask in ("taste", "profile", "judge"):
-        texts, answers, shown, odds = tiny.lesson(rng, z, 20, 3, ask)
-        for text, answer, pictures, known in zip(texts, answers, shown, odds):
-            axes = z.reshape(-1, 5)[pictures].reshape(-1, 2, 5)
-            belief, (weights, named, _) = tiny.believe(axes[None, :3])[0], tiny.all_tastes()
-            assert text.count("<image>") == len(pictures) and all(
-                sum(some.values()) == pytest.approx(1) for some in known.values()
-            )
-            if ask == "judge":
-                first = belief @ (
-                    1 / (1 + np.exp(-tiny.CHOICE * (axes[3, 0] - axes[3, 1]) @ weights.T))
-                )
-                assert (
-                    known[-2]["CHOICE: 1"] == pytest.approx(first)
-                    and answer == f"CHOICE: {1 if first > 0.5 else 2}<|im_end|>"
-                )
-            else:
-                best = [list(tiny.WORDS)[i] for i in np.argsort(-(belief @ named))[:3]]
-                assert (
-                    answer.endswith(", ".join(best) + "<|im_end|>")
-                    and [max(known[k], key=known[k].get) for k in (-6, -4, -2)] == best
-                )
-                assert answer.count("Pair ") == (3 if ask == "profile" else 0)
+    z = rng.normal(size=(len(tiny.world.CAPTIONS), 30, 5))
+    _, answers, shown, _ = tiny.train.make_examples(rng, z, 3, 4, "look")
+    for answer, i in zip(answers, shown[:, 0], strict=True):
+        axes = zip(tiny.world.AXIS_WORDS, z.reshape(-1, 5)[i], strict=True)
+        assert answer == ", ".join(words[int(v < 0)] for words, v in axes) + "<|im_end|>"
+
+
+@pytest.mark.parametrize("task", ["taste", "profile", "judge"])
+def test_what_the_small_vlm_learns_to_say_of_a_user(task):
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(len(tiny.world.CAPTIONS), 30, 5))
+    weights, named, _ = tiny.world.all_tastes()
+    examples = tiny.train.make_examples(rng, z, 20, 3, task)
+    for text, answer, images, known in zip(*examples, strict=True):
+        axes = z.reshape(-1, 5)[images].reshape(-1, 2, 5)
+        posterior = tiny.world.taste_posterior(axes[None, :3])[0]
+        assert text.count("<image>") == len(images)
+        assert all(sum(some.values()) == pytest.approx(1) for some in known.values())
+        if task == "judge":
+            gap = tiny.world.BRADLEY_TERRY_SCALE * (axes[3, 0] - axes[3, 1]) @ weights.T
+            first = posterior @ (1 / (1 + np.exp(-gap)))
+            assert known[-2]["CHOICE: 1"] == pytest.approx(first)
+            assert answer == f"CHOICE: {1 if first > 0.5 else 2}<|im_end|>"
+        else:
+            likeliest = np.argsort(-(posterior @ named))[:3]
+            best = [list(tiny.world.WORDS)[i] for i in likeliest]
+            assert answer.endswith(", ".join(best) + "<|im_end|>")
+            assert [max(known[k], key=known[k].get) for k in (-6, -4, -2)] == best
+            assert answer.count("Pair ") == (3 if task == "profile" else 0)
 
 
 def test_vlm_training(tmp_path):
-    """The command that made assets/tiny/vlm, for two steps; then it reads a person."""
-    script("tiny.py", "vlm", "--out", tmp_path, "--steps", 2, "--batch", 2, "--pictures", 80)
-    assert {p.name for p in tmp_path.iterdir()} == {
-        p.name for p in tiny.Path("assets/tiny/vlm").iterdir()
-    }
-    picture = tiny.draw("red", "star")
-    states, _ = embed.read_people(
-        embed.load_vlm(str(tmp_path), "cpu"), [[("a red star", picture, picture)] * 4]
-    )
+    """The command that made tiny/checkpoints/vlm, for two steps; then it reads a user."""
+    few = "--steps 2 --batch 2 --pictures 80".split()
+    script("-m", "tiny.train", "vlm", "--out", tmp_path, *few)
+    made, shipped = ({p.name for p in f.iterdir()} for f in (tmp_path, TINY / "vlm"))
+    assert made == shipped
+    image = tiny.world.draw("red", "star")
+    vlm = embed.load_vlm(str(tmp_path), "cpu")
+    states, _ = embed.embed_users(vlm, [[("a red star", image, image)] * 4])
     assert states.shape == (1, 1, 192) and states.isfinite().all()

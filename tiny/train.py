@@ -2,10 +2,9 @@
 
 From the repository's root; a killed run goes on when its command is given again:
 
-    python -m tiny.train base --out first                                 # small Stage C, 40
-    minutes python -m tiny.train base --init first --out base --seed 1 --lr 5e-4 --lean 1.3
-    python -m tiny.train vlm --out vlm                                    # small LLaVA-OneVision,
-    17
+    python -m tiny.train base --out first     # small Stage C, 40 minutes
+    python -m tiny.train base --init first --out base --seed 1 --lr 5e-4 --lean 1.3
+    python -m tiny.train vlm --out vlm        # small LLaVA-OneVision, 17 minutes
 """
 
 import argparse
@@ -26,26 +25,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import embed
+import utils
 from bases.cascade import PatchCodec
 from tiny import world
 from tiny.world import AXES, AXIS_WORDS, BRADLEY_TERRY_SCALE, CAPTIONS, COLORS, SHAPES, WORDS
-from utils import InputError, first_line, flag, load_checkpoint, run_script, save_checkpoint
+from utils import InputError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def training_loop(out, steps, lr, models, optimizer, loss_of, save_every, after=None, carry=None):
-    """The loop of both small models, resumable.
-
-    loss_of(step) -> loss, {name: number to log}; after(step) follows the optimizer's step
-    carry: tensors that a resume needs besides weights and optimizer, by name
-    """
+    """The loop of both small models, resumable. loss_of(step) -> loss, {name: number to log};
+    after(step) follows the optimizer's step; carry: tensors that a resume needs besides weights
+    and optimizer, by name."""
     carry = carry or {}
     start, began, log = 0, time.time(), {}
-    out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     config = dict(steps=steps, lr=lr)
-    saved = load_checkpoint(out, config)
+    saved = utils.load_checkpoint(out, config)
     if saved:
         try:
             models.load_state_dict(saved["models"])
@@ -53,16 +50,15 @@ def training_loop(out, steps, lr, models, optimizer, loss_of, save_every, after=
             for name, tensor in carry.items():
                 tensor.copy_(saved["carry"][name])
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"--out {out} holds a run of other sizes: {first_line(error)}"
-            ) from None
+            problem = f"holds a run of other sizes: {utils.first_line(error)}"
+            raise InputError(f"--out {out} {problem}") from None
         start = saved["step"]
     size = sum(p.numel() for p in models.parameters()) / 1e6
     print(f"{size:.2f}M parameters, from step {start}")
     for step in tqdm(range(start, steps), initial=start, total=steps, desc=out.name, disable=None):
-        warmup, decay = (step + 1) / 200, 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        factor = min((step + 1) / 200, 0.5 + 0.5 * math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(warmup, decay)
+            group["lr"] = lr * factor
         loss, numbers = loss_of(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
@@ -77,28 +73,26 @@ def training_loop(out, steps, lr, models, optimizer, loss_of, save_every, after=
             print(f"step {step + 1} {', '.join(means)} {time.time() - began:.0f} s", flush=True)
         if (step + 1) % save_every == 0 or step + 1 == steps:
             state = dict(models=models.state_dict(), optimizer=optimizer.state_dict())
-            save_checkpoint(out, config=config, carry=carry, step=step + 1, **state)
+            utils.save_checkpoint(out, config=config, carry=carry, step=step + 1, **state)
 
 
 # ---------------------------------------------------------------- the small base checkpoint
 def make_tokenizer(max_length=16):
-    """A real CLIPTokenizer with one token for each word of the world; other text falls back to
-    bytes."""
+    """A CLIPTokenizer with a token for each word of the world; other text falls back to bytes."""
     alphabet = sorted(ByteLevel.alphabet())
-    tokens = alphabet + [letter + "</w>" for letter in alphabet]
     merges = []
     for word in ["an", *COLORS, *SHAPES, *WORDS]:
         pieces = [*word[:-1], word[-1] + "</w>"]
         while len(pieces) > 1:  # byte-pair encoding: the earliest known merge, else the leftmost
             pairs = list(zip(pieces, pieces[1:], strict=False))
             known = [pair for pair in pairs if pair in merges]
-            pair = min(known, key=merges.index) if known else pairs[0]
+            pair = min(known, key=merges.index, default=pairs[0])
             if not known:
                 merges.append(pair)
-                tokens.append("".join(pair))
             i = pairs.index(pair)
             pieces[i : i + 2] = ["".join(pair)]
-    names = dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"])
+    names = [*alphabet, *(letter + "</w>" for letter in alphabet), *map("".join, merges)]
+    names = dict.fromkeys([*names, "<|startoftext|>", "<|endoftext|>"])
     vocab = {token: i for i, token in enumerate(names)}
     tokenizer = transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
     for word in [*COLORS, *SHAPES, *WORDS]:
@@ -106,18 +100,16 @@ def make_tokenizer(max_length=16):
     return tokenizer
 
 
-def taste_words(z, rng, most=2):
-    """Up to two words for what stands out in an image: z (5,) standardized axes -> "dark,
-    large"."""
+def taste_words(z, rng):
+    """Up to two words for what stands out in an image: z (5,) standardized axes -> ["dark"]."""
     axes = [a for a in rng.permutation(len(AXES)) if abs(z[a]) > 0.6]
-    axes = axes[: rng.integers(1, most + 1)]
-    return ", ".join(AXIS_WORDS[a][int(z[a] < 0)] for a in axes)
+    return [AXIS_WORDS[a][int(z[a] < 0)] for a in axes[: rng.integers(1, 3)]]
 
 
 def fit_codec(images, patch=4, channels=16):
-    """PCA of 4 x 4 patches (99% of the variance in 16 channels), partly whitened: fully whitened,
-    the faint directions get heavy tails; not at all, the flat ground outweighs everything else.
-    images: (B, 3, H, W)."""
+    """PCA of the patches of images (B, 3, H, W); 16 channels hold 99% of the variance. Partly
+    whitened: fully whitened, the faint directions get heavy tails; not at all, the flat ground
+    outweighs everything else."""
     codec = PatchCodec(patch, channels)
     patches = einops.rearrange(images, "b c (h p) (w q) -> (b h w) (c p q)", p=patch, q=patch)
     values, vectors = torch.linalg.eigh(torch.cov(patches.T.double()))
@@ -132,39 +124,18 @@ def fit_codec(images, patch=4, channels=16):
 
 def make_base(tokenizer, width, layers):
     """The small prior and text encoder, with random weights; flat like Stage C."""
-    text = transformers.CLIPTextModelWithProjection(
-        transformers.CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            projection_dim=64,
-            intermediate_size=256,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=tokenizer.model_max_length,
-            hidden_act="gelu",
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    text.to(DEVICE)
-    prior = diffusers.StableCascadeUNet(
-        in_channels=16,
-        out_channels=16,
-        timestep_ratio_embedding_dim=64,
-        patch_size=1,
-        conditioning_dim=width,
-        block_out_channels=(width, width),
-        num_attention_heads=(width // 64, width // 64),
-        down_num_layers_per_block=tuple(layers),
-        up_num_layers_per_block=tuple(layers)[::-1],
-        clip_text_in_channels=64,
-        clip_text_pooled_in_channels=64,
-        clip_image_in_channels=64,
-        clip_seq=4,
-        dropout=(0.1, 0.1),
-        switch_level=(False,),
-    ).to(DEVICE)
+    sizes = dict(hidden_size=64, projection_dim=64, intermediate_size=256, hidden_act="gelu")
+    sizes |= dict(num_hidden_layers=2, num_attention_heads=2, vocab_size=len(tokenizer))
+    special = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
+    length = tokenizer.model_max_length
+    config = transformers.CLIPTextConfig(**sizes, **special, max_position_embeddings=length)
+    text = transformers.CLIPTextModelWithProjection(config).to(DEVICE)
+    sizes = dict(in_channels=16, out_channels=16, patch_size=1, timestep_ratio_embedding_dim=64)
+    sizes |= dict(conditioning_dim=width, block_out_channels=(width, width), dropout=(0.1, 0.1))
+    sizes |= dict(num_attention_heads=(width // 64, width // 64), switch_level=(False,))
+    sizes |= dict(down_num_layers_per_block=layers, up_num_layers_per_block=layers[::-1])
+    sizes |= dict(clip_text_in_channels=64, clip_text_pooled_in_channels=64, clip_seq=4)
+    prior = diffusers.StableCascadeUNet(**sizes, clip_image_in_channels=64).to(DEVICE)
     # the class never calls its own initialization; start at "no noise"
     torch.nn.init.zeros_(prior.clf[1].weight)
     # dropout stays in the config, as in the release, but a model this small only loses by it
@@ -182,16 +153,11 @@ def train_base(out, steps, batch, lr, seed, pictures, width, layers, init, lean,
     captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(pictures)]
     drawn = [world.draw_random(rng, c) for c in tqdm(captions, desc="drawing", disable=None)]
     images = world.to_array(drawn)
-    z = world.standardized(images)
-    worded = []
-    for i, caption in enumerate(captions):
-        words = taste_words(z[i], rng)
-        worded.append(f"{caption}, {words}" if words else caption)
+    axes = world.standardized(images)
+    worded = [", ".join([c, *taste_words(z, rng)]) for c, z in zip(captions, axes, strict=True)]
     images = torch.from_numpy(images).permute(0, 3, 1, 2)
-    if init:
-        codec = PatchCodec.load(Path(init) / "codec" / "codec.safetensors")
-    else:
-        codec = fit_codec(images[:5000])
+    codec_file = "codec/codec.safetensors"
+    codec = PatchCodec.load(Path(init) / codec_file) if init else fit_codec(images[:5000])
     latents = codec.encode(images)
     error = (codec.decode(latents[:2000]) - images[:2000]).abs().mean()
     print(f"{pictures} images, latent variance {latents.var():.3f}, codec error {error:.4f}")
@@ -214,10 +180,11 @@ def train_base(out, steps, batch, lr, seed, pictures, width, layers, init, lean,
     optimizer = torch.optim.AdamW(models.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     fast_prior = torch.compile(prior)
     # Taste words act at the very first, noisiest steps, whose errors are a thousandth of the last
-    # ones': with t uniform and errors unweighted the words are never learned. So t leans to 1 (with
-    # 2, half are above 0.75), and every timestep's error counts relative to what is usual there
-    # (Stage C's own "adaptive" weight).
+    # ones': with t uniform and errors unweighted they are never learned. So t leans to 1 (with 2,
+    # half are above 0.75), and every timestep's error counts relative to what is usual there (Stage
+    # C's own "adaptive" weight).
     usual_error = torch.ones(50, device=DEVICE)
+    no_image = torch.zeros(batch, 1, 64, device=DEVICE)
 
     def loss_of(step):
         g = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -231,13 +198,9 @@ def train_base(out, steps, batch, lr, seed, pictures, width, layers, init, lean,
         # sdpa's fused backward is slow on a CPU: plain matrix products take half the time
         with torch.autocast(DEVICE, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             encoded = text(ids[0], attention_mask=ids[1], output_hidden_states=True)
-            noise_pred = fast_prior(
-                scheduler.add_noise(x0, noise, t),
-                t,
-                clip_text_pooled=encoded.text_embeds[:, None],
-                clip_text=encoded.hidden_states[-1],
-                clip_img=torch.zeros(batch, 1, 64, device=DEVICE),
-            ).sample
+            noisy = scheduler.add_noise(x0, noise, t)
+            clip = dict(clip_text=encoded.hidden_states[-1], clip_img=no_image)
+            noise_pred = fast_prior(noisy, t, encoded.text_embeds[:, None], **clip).sample
         error = (noise_pred.float() - noise).square().mean((1, 2, 3))
         bucket = (t * 49.999).long()
         moved = torch.lerp(usual_error[bucket], error.detach(), 0.05)
@@ -258,9 +221,8 @@ def train_base(out, steps, batch, lr, seed, pictures, width, layers, init, lean,
     tokenizer.save_pretrained(out / "tokenizer")
     scheduler.save_pretrained(out / "scheduler")
     (out / "codec").mkdir(exist_ok=True)
-    state = {name: value.contiguous() for name, value in codec.state_dict().items()}
     metadata = dict(patch=str(codec.patch), side=str(codec.image_size))
-    save_file(state, out / "codec" / "codec.safetensors", metadata)
+    save_file(codec.state_dict(), out / codec_file, metadata)
     (out / "state.pt").unlink()
 
 
@@ -272,8 +234,8 @@ def make_vlm_tokenizer():
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=alphabet, merges=[]))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
-    tokenizer.add_special_tokens(special)
+    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
+    tokenizer.add_special_tokens(names)
     pieces = [embed.INTRO, *embed.QUESTIONS.values(), embed.PREFERRED, embed.DISPREFERRED]
     pieces += [embed.IMAGE_1, embed.IMAGE_2, "CHOICE: 1", "CHOICE: 2"]
     pieces += [embed.PAIR.format(i) for i in range(1, 9)] + [f"Pair {i}: " for i in range(1, 9)]
@@ -281,64 +243,34 @@ def make_vlm_tokenizer():
     pieces += ["system\nYou are a helpful assistant.", "user\n", "assistant\n"]
     pieces += [*COLORS, *SHAPES, *WORDS]
     tokenizer.add_tokens([tokenizers.AddedToken(piece, normalized=False) for piece in pieces])
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        padding_side="left",
-        additional_special_tokens=["<|im_start|>", "<image>", "<video>"],
-    )
+    special = dict(eos_token="<|im_end|>", pad_token="<|endoftext|>", padding_side="left")
+    special |= dict(additional_special_tokens=["<|im_start|>", "<image>", "<video>"])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def make_vlm(side=world.SIDE, patch=16, width=192, layers=4):
     """A LlavaOnevisionForConditionalGeneration with random weights, and its processor."""
     tokenizer = make_vlm_tokenizer()
     points = [[side, side], [side, 2 * side], [2 * side, side], [2 * side, 2 * side]]
-    image_processor = transformers.LlavaOnevisionImageProcessor(
-        size={"height": side, "width": side},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-        image_grid_pinpoints=points,
-    )
-    processor = transformers.LlavaOnevisionProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        video_processor=transformers.LlavaOnevisionVideoProcessor(),
-        num_image_tokens=(side // patch) ** 2,
-        vision_feature_select_strategy="full",
-    )
-    vision = transformers.SiglipVisionConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=side,
-        patch_size=patch,
-        vision_use_head=False,
-    )
-    text = transformers.Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        tie_word_embeddings=True,
-    )
-    config = transformers.LlavaOnevisionConfig(
-        vision_config=vision,
-        text_config=text,
-        tie_word_embeddings=True,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
-        image_grid_pinpoints=points,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-    )
+    scale = dict(size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    images = transformers.LlavaOnevisionImageProcessor(**scale, image_grid_pinpoints=points)
+    parts = (images, tokenizer, transformers.LlavaOnevisionVideoProcessor())
+    features = dict(vision_feature_select_strategy="full")
+    n_tokens = (side // patch) ** 2
+    processor = transformers.LlavaOnevisionProcessor(*parts, num_image_tokens=n_tokens, **features)
+    sizes = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2)
+    sizes |= dict(num_attention_heads=4, image_size=side, patch_size=patch)
+    vision = transformers.SiglipVisionConfig(**sizes, vision_use_head=False)
+    sizes = dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width)
+    sizes |= dict(num_hidden_layers=layers, num_attention_heads=6, num_key_value_heads=2)
+    special = dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    special |= dict(bos_token_id=None, tie_word_embeddings=True)
+    text = transformers.Qwen2Config(**sizes, **special, max_position_embeddings=1024)
+    image_id, video_id = tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
+    token_ids = dict(image_token_index=image_id, video_token_index=video_id)
+    features |= dict(vision_feature_layer=-1, image_grid_pinpoints=points)
+    models = dict(vision_config=vision, text_config=text, tie_word_embeddings=True)
+    config = transformers.LlavaOnevisionConfig(**models, **token_ids, **features)
     return transformers.LlavaOnevisionForConditionalGeneration(config), processor
 
 
@@ -355,14 +287,11 @@ def sample_choices(rng, z, n, pairs):
 
 
 def make_examples(rng, z, n, pairs, task):
-    """n prompts with answers, the images (n, images) in the order of the prompts, and for tokens
-    that nobody can know the odds of a perfect reader, {offset from the answer's end: {token:
-    probability}} for each answer.
-
-    task: "look" names all five axes of one image. The others are embed.py's prompts: "taste" names
+    """n prompts, their answers, the images (n, images) in the prompts' order, and for each answer
+    the odds by a perfect reader of tokens nobody can know, {offset from its end: {token: odds}}.
+    task "look" names all five axes of one image. The others are embed.py's prompts: "taste" names
     the three likeliest words, "profile" does so after the two axes on which each pair differs most,
-    "judge" picks one of two further images.
-    """
+    "judge" picks one of two further images."""
     if task == "look":
         images = rng.integers(z.shape[0] * z.shape[1], size=(n, 1))
         answers = []
@@ -384,8 +313,7 @@ def make_examples(rng, z, n, pairs, task):
     prompts, answers, odds = [], [], []
     for i in range(n):
         names = [CAPTIONS[c] for c in captions[i]]
-        last = names[-1] if is_judge else None
-        prompts.append(embed.build_vlm_prompt(names[:pairs], task, last))
+        prompts.append(embed.build_vlm_prompt(names[:pairs], task, names[-1] if is_judge else None))
         if is_judge:
             answer = f"CHOICE: {1 if first[i] > 0.5 else 2}"
             known = {-2: {"CHOICE: 1": first[i], "CHOICE: 2": 1 - first[i]}}
@@ -414,9 +342,9 @@ def describe_taste(likely):
 def describe_pairs(gap):
     """The two axes on which each pair differs most, from their differences (pairs, 5)."""
     text = ""
-    for k, differences in enumerate(gap, 1):
-        widest = np.argsort(-np.abs(differences))[:2]
-        words = [AXIS_WORDS[a][int(differences[a] < 0)] for a in widest]
+    for k, difference in enumerate(gap, 1):
+        widest = np.argsort(-np.abs(difference))[:2]
+        words = [AXIS_WORDS[a][int(difference[a] < 0)] for a in widest]
         text += f"Pair {k}: {', '.join(words)}.\n"
     return text
 
@@ -430,18 +358,16 @@ def soft_targets(answers, odds, tokenizer):
     for end, known in zip(ends, odds, strict=True):
         for offset, words in known.items():
             columns = tokenizer.convert_tokens_to_ids(list(words))
-            values = torch.tensor(list(words.values()), dtype=torch.float32, device=DEVICE)
             targets[end + offset] = 0
-            targets[end + offset, columns] = values
+            targets[end + offset, columns] = targets.new_tensor(list(words.values()))
     return targets
 
 
 def train_vlm(out, steps, batch, lr, seed, pictures, save_every=500):
     """Teach the small VLM to read users. 500 steps it only looks at single images, and 1,000 it
-    reads
-    the taste from four pairs: without these it learns nothing in hours. Then everything: taste in
-    words, with and without describing every pair first, from 1 to 8 pairs, and which of two further
-    images the user would choose. Answers are a perfect reader's, with its odds."""
+    reads the taste from four pairs: without these it learns nothing in hours. Then everything:
+    taste in words, with and without describing every pair first, from 1 to 8 pairs, and which of
+    two further images the user would choose. Answers are a perfect reader's, with its odds."""
     out = Path(out)
     if (out / "config.json").exists() and not (out / "state.pt").exists():
         raise InputError(f"--out {out} holds a finished VLM; choose another folder")
@@ -460,11 +386,8 @@ def train_vlm(out, steps, batch, lr, seed, pictures, save_every=500):
 
     def loss_of(step):
         rng = np.random.default_rng([seed, 4, step])
-        if step < 500:
-            task = "look"
-        elif step < 1500:
-            task = "taste"
-        else:
+        task = "look" if step < 500 else "taste"
+        if step >= 1500:
             task = str(rng.choice(["taste", "profile", "judge"], p=[0.4, 0.4, 0.2]))
         pairs = 4 if step < 1500 or rng.uniform() < 0.6 else int(rng.integers(1, 9))
         n = batch * 4 // (1 if task == "look" else max(pairs, 2))
@@ -491,8 +414,7 @@ def train_vlm(out, steps, batch, lr, seed, pictures, save_every=500):
             hidden = model.language_model(inputs_embeds=words).last_hidden_state
             logits = vlm.lm_head(hidden[:, :-1][is_answer[:, 1:]])
         log_probs = logits.float().log_softmax(-1)
-        # 0 is a perfect reader
-        loss = F.kl_div(log_probs, targets, reduction="sum") / len(targets)
+        loss = F.kl_div(log_probs, targets, reduction="sum") / len(targets)  # 0: a perfect reader
         return loss, {task: loss}
 
     training_loop(out, steps, lr, vlm, optimizer, loss_of, save_every)
@@ -502,23 +424,16 @@ def train_vlm(out, steps, batch, lr, seed, pictures, save_every=500):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="tiny.train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = utils.make_parser("tiny.train", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, steps, pictures in (("base", 12000, 40000), ("vlm", 4000, 20000)):
-        add = commands.add_parser(name, prog="tiny.train").add_argument
+    for name, steps, images in (("base", 12000, 40000), ("vlm", 4000, 20000)):
+        add = commands.add_parser(name, prog="tiny.train", usage=argparse.SUPPRESS).add_argument
         add("--out", required=True, help="folder to write")
         add("--steps", type=int, default=steps, help="(default: %(default)s)")
         add("--batch", type=int, default=64, help="images or users a step (default: %(default)s)")
         add("--lr", type=float, default=1e-3, help="(default: %(default)s)")
         add("--seed", type=int, default=0, help="(default: %(default)s)")
-        add(
-            "--pictures",
-            type=int,
-            default=pictures,
-            help="images drawn to learn from (%(default)s)",
-        )
+        add("--pictures", type=int, default=images, help="images drawn to learn from (%(default)s)")
         if name == "base":
             add("--width", type=int, default=128, help="(default: %(default)s)")
             add("--init", help="folder of a base to start from (default: random weights)")
@@ -530,7 +445,7 @@ def parse_args(argv=None):
             least = -1 if key == "seed" else 0
             if isinstance(number, int | float) and not least < number < math.inf:
                 expected = "0 or more" if key == "seed" else "a number above 0"
-                parser.error(f"{flag(key)} {number}: expected {expected}")
+                parser.error(f"{utils.flag(key)} {number}: expected {expected}")
     if args.command == "base" and args.width % 64:
         parser.error(f"--width {args.width}: expected a multiple of 64, a head's width")
     return args
@@ -543,7 +458,7 @@ def run(args):
 
 
 def main(argv=None):
-    run_script("tiny.train", run, parse_args(argv))
+    utils.run_script("tiny.train", run, parse_args(argv))
 
 
 if __name__ == "__main__":

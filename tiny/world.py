@@ -1,6 +1,6 @@
 """The drawn world: images, pixel rewards, and users whose choices are written as preference data.
 
-Nothing here is part of the method. It makes, in the real thing's own format, what a laptop cannot
+It is no part of the method: it makes, in the real thing's own format, what a laptop cannot
 download. From the repository's root:
 
     python -m tiny.world --out data/tiny     # drawn users' choices in Pick-a-Pic v2's columns, 20 s
@@ -11,13 +11,11 @@ ground is, how large the subject is, and where it sits. All five are measured fr
 *any* image, drawn or generated, so they serve as rewards and as the true taste of drawn users.
 """
 
-import argparse
 import io
 import itertools
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,18 +24,12 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from utils import InputError, make_parser, run_script
+
 SIDE = 32  # of an image, in pixels
 SUPERSAMPLE = 8  # it is drawn this many times as large
-COLORS = {
-    "red": (205, 25, 30),
-    "orange": (255, 125, 0),
-    "yellow": (245, 225, 20),
-    "green": (25, 150, 40),
-    "cyan": (20, 205, 220),
-    "blue": (25, 50, 215),
-    "purple": (120, 25, 180),
-    "pink": (250, 80, 175),
-}
+COLORS = dict(red=(205, 25, 30), orange=(255, 125, 0), yellow=(245, 225, 20), green=(25, 150, 40))
+COLORS |= dict(cyan=(20, 205, 220), blue=(25, 50, 215), purple=(120, 25, 180), pink=(250, 80, 175))
 SHAPES = ("circle", "square", "triangle", "star", "cross")
 CAPTIONS = [f"{'an' if c[0] in 'aeiou' else 'a'} {c} {s}" for c in COLORS for s in SHAPES]
 
@@ -53,9 +45,8 @@ AXES = {
     "high": ("high", "low", -0.049, 0.247),
 }
 AXIS_WORDS = [[more, less] for more, less, _, _ in AXES.values()]
-WORDS = {}  # taste word -> (index of its axis, 1 or -1)
-for _axis, (_more, _less) in enumerate(AXIS_WORDS):
-    WORDS |= {_more: (_axis, 1), _less: (_axis, -1)}
+# taste word -> (index of its axis, 1 or -1)
+WORDS = {words[k]: (axis, 1 - 2 * k) for axis, words in enumerate(AXIS_WORDS) for k in (0, 1)}
 MEAN = np.array([mean for _, _, mean, _ in AXES.values()], np.float32)
 STD = np.array([std for _, _, _, std in AXES.values()], np.float32)
 
@@ -63,26 +54,21 @@ SHARED_LIGHT_BIAS = 0.37  # everyone's liking for light; a taste has length 1. L
 BRADLEY_TERRY_SCALE = 2.2  # labels agree with the true taste less than 90% of the time
 TIE_MARGIN = 0.12  # closer than this in utility and the user calls it a tie
 
-# Pick-a-Pic v2's own 19 columns; those not named here are strings
-ARROW_TYPES = {
-    "are_different": pa.bool_(),
-    "created_at": pa.timestamp("ns"),
-    "has_label": pa.bool_(),
-    "jpg_0": pa.binary(),
-    "jpg_1": pa.binary(),
-    "label_0": pa.float64(),
-    "label_1": pa.float64(),
-    "ranking_id": pa.int64(),
-    "user_id": pa.int64(),
-    "num_example_per_prompt": pa.int64(),
-    "__index_level_0__": pa.int64(),
-}
+# Pick-a-Pic v2's own 19 columns in their order, and their types
+COLUMNS = (
+    "are_different best_image_uid caption created_at has_label image_0_uid image_0_url image_1_uid "
+    "image_1_url jpg_0 jpg_1 label_0 label_1 model_0 model_1 ranking_id user_id "
+    "num_example_per_prompt __index_level_0__"
+).split()
+ARROW_TYPES = dict.fromkeys(COLUMNS, pa.string()) | dict.fromkeys(COLUMNS[-4:], pa.int64())
+ARROW_TYPES |= dict(are_different=pa.bool_(), has_label=pa.bool_(), created_at=pa.timestamp("ns"))
+ARROW_TYPES |= dict.fromkeys(("jpg_0", "jpg_1"), pa.binary())
+ARROW_TYPES |= dict.fromkeys(("label_0", "label_1"), pa.float64())
 
 
 # ------------------------------------------------------------------------------ images
 def outline(shape):
-    """Corners of a shape in the unit square, x right and y down, touching its sides where it
-    can."""
+    """Corners of a shape in the unit square, x right, y down, touching its sides where it can."""
     if shape == "square":
         return [(0.05, 0.05), (0.95, 0.05), (0.95, 0.95), (0.05, 0.95)]
     if shape == "triangle":
@@ -104,7 +90,7 @@ def draw(color, shape, light=0.5, warm=0.0, size=0.5, x=0.5, y=0.5):
     width as a share of the image's; x and y place it between the edges (0 = left or top)."""
     ground = tuple(round(255 * min(max(light + w, 0), 1)) for w in (warm, 0, -warm))
     canvas = SIDE * SUPERSAMPLE
-    width = size * SIDE * SUPERSAMPLE
+    width = size * canvas
     left, top = x * (canvas - width), y * (canvas - width)
     image = Image.new("RGB", (canvas, canvas), ground)
     pen = ImageDraw.Draw(image)
@@ -118,11 +104,9 @@ def draw(color, shape, light=0.5, warm=0.0, size=0.5, x=0.5, y=0.5):
 
 def draw_random(rng, caption):
     """An image of a caption, everything that is left to taste drawn at random."""
-    color, shape = caption.split()[1:3]
-    light = rng.uniform(0.25, 0.75)
-    warm = rng.uniform(-0.12, 0.12)
-    size = rng.uniform(0.36, 0.9)
-    return draw(color, shape, light, warm, size, rng.uniform(), rng.uniform())
+    low = (0.25, -0.12, 0.36, 0, 0)  # light, warm, size, x, y
+    high = (0.75, 0.12, 0.9, 1, 1)
+    return draw(*caption.split()[1:3], *rng.uniform(low, high))
 
 
 def to_array(images):
@@ -143,8 +127,7 @@ def segment(images):
 
 
 def measure(images):
-    """The five axes read from pixels: PIL images or (B, H, W, 3) in [0, 1] -> (B, 5), AXES'
-    units."""
+    """The axes read from PIL images or pixels (B, H, W, 3) in [0, 1] -> (B, 5), in AXES' units."""
     images = to_array(images)
     ground, mask = segment(images)
     height, width = mask.shape[1:]
@@ -170,15 +153,12 @@ def reward(word, images):
 
 
 def recognize(images):
-    """Color and shape of the subject: [(color, shape), ...], (None, None) where there is none.
-    Color is the nearest of COLORS to the mask's median; shape the template that fits its box
-    best."""
+    """The subjects' [(color, shape), ...], (None, None) where there is none. Color is the nearest
+    of COLORS to the mask's median; shape the template that fits its box best."""
     images = to_array(images)
     _, masks = segment(images)
-    templates = {}
-    for shape in SHAPES:
-        _, mask = segment(to_array([draw("blue", shape, 0.9, 0, 0.75)]))
-        templates[shape] = crop_to_box(mask[0])
+    _, drawn = segment(to_array([draw("blue", shape, 0.9, 0, 0.75) for shape in SHAPES]))
+    templates = [crop_to_box(mask) for mask in drawn]
     names = list(COLORS)
     palette = np.array(list(COLORS.values())) / 255
     found = []
@@ -189,8 +169,8 @@ def recognize(images):
         median = np.median(image[mask], axis=0)
         color = names[np.linalg.norm(palette - median, axis=1).argmin()]
         box = crop_to_box(mask)
-        misfit = {shape: np.abs(box - templates[shape]).mean() for shape in SHAPES}
-        found.append((color, min(misfit, key=misfit.get)))
+        misfit = [np.abs(box - template).mean() for template in templates]
+        found.append((color, SHAPES[np.argmin(misfit)]))
     return found
 
 
@@ -211,9 +191,8 @@ def fidelity(images, captions):
 
 # ------------------------------------------------------------------------------- users
 def draw_users(n, seed):
-    """n sparse tastes: (n, 5) weights on the standardized axes, one or two of them signed and of
-    total length 1, plus everyone's SHARED_LIGHT_BIAS; and each user's words, e.g. ["dark",
-    "large"]."""
+    """n sparse tastes, (n, 5): one or two signed weights on the standardized axes, of total length
+    1, plus everyone's SHARED_LIGHT_BIAS; and each user's words, e.g. ["dark", "large"]."""
     rng = np.random.default_rng(seed)
     words = []
     tastes = np.zeros((n, len(AXES)), np.float32)
@@ -235,8 +214,7 @@ def all_tastes():
     """Every taste that draw_users() draws: weights (50, 5), which of WORDS it is made of (50, 10),
     and how likely it is (50,)."""
     weights, named, odds = [], [], []
-    subsets = [c for k in (1, 2) for c in itertools.combinations(range(len(AXES)), k)]
-    for axes in subsets:
+    for axes in [c for k in (1, 2) for c in itertools.combinations(range(len(AXES)), k)]:
         for signs in itertools.product((1, -1), repeat=len(axes)):
             signed = np.zeros(len(AXES))
             signed[list(axes)] = signs
@@ -258,18 +236,11 @@ def taste_posterior(z):
 
 
 # -------------------------------------------------------------------- preference data
-def png(image):
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def draw_pairs(rng, n):
     """n pairs that one user is shown: (caption, whether the last winner stays, image, image)."""
     pairs = []
-    caption = None
-    for _ in range(n):
-        stays = caption is not None and rng.uniform() <= 0.3
+    for k in range(n):
+        stays = k > 0 and rng.uniform() <= 0.3
         if not stays:
             caption = CAPTIONS[rng.integers(len(CAPTIONS))]
         pairs.append((caption, stays, draw_random(rng, caption), draw_random(rng, caption)))
@@ -277,56 +248,39 @@ def draw_pairs(rng, n):
 
 
 def choose(rng, user, taste, pairs, first_id):
-    """One user's choices: rows in Pick-a-Pic v2's columns, and for each label (no tie) whether it
-    agrees with the taste and whether the lighter image won."""
-    images = [image for pair in pairs for image in pair[2:]]
-    axes = measure(images)  # all at once: measuring is the slow part
-    liking = (((axes - MEAN) / STD) * taste).sum(-1).reshape(-1, 2)
-    light = axes[:, 0].reshape(-1, 2)
-    rows, agrees, lighter = [], [], []
+    """One user's choices among draw_pairs()': rows of COLUMNS, and for each label (no tie) whether
+    it agrees with the taste and whether the lighter image won."""
+    axes = measure([image for pair in pairs for image in pair[2:]])  # all at once: this is slow
+    liking = (((axes - MEAN) / STD) * taste).sum(-1)
+    rows, verdicts = [], []
     winner = None
-    for k, (caption, stays, a, b) in enumerate(pairs):
-        shown = [  # id, bytes, liking, light
-            (f"u{user:05d}-{k:03d}-{side}", png(image), liking[k, i], light[k, i])
-            for i, (side, image) in enumerate((("a", a), ("b", b)))
-        ]
-        if stays and winner is not None:
+    for k, (caption, stays, *images) in enumerate(pairs):
+        shown = []  # id, bytes, liking, light
+        for i, image in enumerate(images):
+            buffer = io.BytesIO()
+            image.save(buffer, "PNG")
+            name = f"u{user:05d}-{k:03d}-{'ab'[i]}"
+            shown.append((name, buffer.getvalue(), liking[2 * k + i], axes[2 * k + i, 0]))
+        if stays:
             shown[0] = winner
         if rng.uniform() >= 0.5:
             shown.reverse()
         gap = shown[0][2] - shown[1][2]
         first_wins = rng.uniform() < 1 / (1 + math.exp(-BRADLEY_TERRY_SCALE * gap))
         tie = abs(gap) < TIE_MARGIN
-        label = 0.5 if tie else float(first_wins)
         winner = shown[0 if first_wins else 1]
         if not tie:
-            agrees.append(first_wins == (gap > 0))
-            lighter.append(first_wins == (shown[0][3] > shown[1][3]))
+            verdicts.append((first_wins == (gap > 0), first_wins == (shown[0][3] > shown[1][3])))
+        label = 0.5 if tie else float(first_wins)
         number = first_id + k
-        rows.append(
-            dict(
-                are_different=True,
-                best_image_uid="" if tie else winner[0],
-                caption=caption,
-                created_at=1_700_000_000_000_000_000 + number,
-                has_label=True,
-                image_0_uid=shown[0][0],
-                image_0_url="",
-                image_1_uid=shown[1][0],
-                image_1_url="",
-                jpg_0=shown[0][1],
-                jpg_1=shown[1][1],
-                label_0=label,
-                label_1=1 - label,
-                model_0="drawn",
-                model_1="drawn",
-                ranking_id=number,
-                user_id=user,
-                num_example_per_prompt=1,
-                __index_level_0__=number,
-            )
-        )
-    return rows, agrees, lighter
+        row = dict(caption=caption, user_id=user, ranking_id=number, __index_level_0__=number)
+        row |= dict(created_at=1_700_000_000_000_000_000 + number, label_0=label, label_1=1 - label)
+        row |= dict(best_image_uid="" if tie else winner[0], model_0="drawn", model_1="drawn")
+        row |= dict(are_different=True, has_label=True, num_example_per_prompt=1)
+        for side, image in enumerate(shown):
+            row |= {f"image_{side}_uid": image[0], f"image_{side}_url": "", f"jpg_{side}": image[1]}
+        rows.append(row)
+    return rows, verdicts
 
 
 def write_data(out, users=1000, pairs=20, seed=1):
@@ -335,47 +289,35 @@ def write_data(out, users=1000, pairs=20, seed=1):
     next pair, and some pairs are ties."""
     out = Path(out)
     if out.exists():
-        sys.exit(f"tiny.world: error: --out {out} is there already; choose another folder")
+        raise InputError(f"--out {out} is there already; choose another folder")
     rng = np.random.default_rng([seed, 1])  # the base's images come from default_rng(seed)
     tastes, words = draw_users(users, seed)
-    rows, agrees, lighter = [], [], []
+    rows, verdicts = [], []
     for user in tqdm(range(users), desc="drawing users' choices", disable=None):
-        shown = draw_pairs(rng, pairs)
-        made = choose(rng, user, tastes[user], shown, len(rows))
-        for total, part in zip((rows, agrees, lighter), made, strict=True):
-            total += part
-    columns = {
-        name: pa.array([row[name] for row in rows], ARROW_TYPES.get(name, pa.string()))
-        for name in rows[0]
-    }
-    table = pa.table(columns)
+        made = choose(rng, user, tastes[user], draw_pairs(rng, pairs), len(rows))
+        rows += made[0]
+        verdicts += made[1]
+    table = pa.Table.from_pylist(rows, pa.schema(ARROW_TYPES))
     temporary = out.with_name(out.name + ".partial")
     temporary.mkdir(parents=True, exist_ok=True)
     half = len(rows) // 2  # two files, as any real data set has several
     for i, part in enumerate((table.slice(0, half), table.slice(half))):
         pq.write_table(part, temporary / f"train-{i:05d}-of-00002.parquet", row_group_size=2500)
-    stats = dict(
-        users=users,
-        pairs=len(rows),
-        seed=seed,
-        ties=round(1 - len(agrees) / len(rows), 4),
-        agreement=round(float(np.mean(agrees)), 4),
-        lighter_wins=round(float(np.mean(lighter)), 4),
-    )
+    ties = round(1 - len(verdicts) / len(rows), 4)
+    agreement, lighter = [round(mean, 4) for mean in np.reshape(verdicts, (-1, 2)).mean(0).tolist()]
+    stats = dict(users=users, pairs=len(rows), seed=seed, ties=ties)
+    stats |= dict(agreement=agreement, lighter_wins=lighter)
     truth = dict(stats=stats, axes=list(AXES), tastes=tastes.tolist(), words=words)
     (temporary / "people.json").write_text(json.dumps(truth))
     os.rename(temporary, out)
     print(
-        f"{out}: {len(rows)} pairs of {users} users; ties {stats['ties']:.1%}; labels agree with "
-        f"the true taste {stats['agreement']:.1%}; the lighter image wins "
-        f"{stats['lighter_wins']:.1%}"
+        f"{out}: {len(rows)} pairs of {users} users; ties {ties:.1%}; labels agree with the true "
+        f"taste {agreement:.1%}; the lighter image wins {lighter:.1%}"
     )
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="tiny.world", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("tiny.world", __doc__)
     add = parser.add_argument
     add("--out", default="data/tiny", help="folder to write (default: %(default)s)")
     add("--users", type=int, default=1000, help="(default: %(default)s)")
@@ -389,8 +331,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    write_data(args.out, args.users, args.pairs, args.seed)
+    run_script("tiny.world", lambda args: write_data(**vars(args)), parse_args(argv))
 
 
 if __name__ == "__main__":
