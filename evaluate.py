@@ -4,17 +4,15 @@
     python evaluate.py judge                      # Fig. 5: a VLM or an endpoint judges for them
     python evaluate.py rewards --baselines runs/onehot-baselines     # Table 1, Fig. 3
 
-Results go to evaluation.json and .md, where every subcommand rewrites its own part alone, and to
-images, beside the adapter or in --out. Both arms of a comparison get the same prompts and noise.
-Every rate and mean comes with its n and a 95% interval.
+Results go to evaluation.json and .md, where each subcommand has its part, and to images, beside the
+adapter or in --out; every rate and mean with its n and a 95% interval. Both arms of a comparison
+get the same prompts and noise.
 """
 
 import base64
 import hashlib
 import io
-import itertools
 import json
-import math
 import os
 import platform
 import re
@@ -42,7 +40,6 @@ from utils import InputError
 
 MOVED = ("interpolate", "classify", "profiles")  # to experiments.py
 JUDGE_RETRIES = 6  # of a busy or failing endpoint
-NO_COMPLETION = (AttributeError, TypeError, LookupError, ValueError, RecursionError)  # its reply
 UPPER_BOUND = "one Diffusion-DPO a reward"
 
 
@@ -73,9 +70,11 @@ def parse_args(argv=None):
     add("--judge-url", help="OpenAI-compatible, like https://host/v1; key from OPENAI_API_KEY")
     add("--judge-timeout", type=float, default=120, help="seconds an answer (default: %(default)s)")
     common_arguments(parser)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
     if args.command in MOVED:
         parser.error(f"{args.command} moved: python experiments.py {args.command}")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     args.adapter = args.adapter or ("runs/onehot" if args.command == "rewards" else "runs/ppd")
     finish_args(args, parser, argv)
     if args.judge_url and not args.judge:
@@ -95,28 +94,21 @@ def finish_args(args, parser, argv):
     if args.out is None:
         adapter = Path(args.adapter)
         args.out = str(adapter if adapter.is_dir() else adapter.parent)
-    words = sys.argv[1:] if argv is None else argv
-    args.made_by = shlex.join(["python", parser.prog, *words])
+    args.made_by = shlex.join(["python", parser.prog, *(sys.argv[1:] if argv is None else argv)])
     args.began = time.time()
 
 
-def run_command(script, commands, args):
-    """Run a subcommand of evaluate.py or experiments.py."""
-
-    def run(args):
-        path = Path(args.out) / "evaluation.json"
-        if path.exists():
-            utils.read_json(path)  # a broken one is better known now than after the work
-        commands[args.command](args)
-
-    utils.run_script(script, run, args)
+def read_results(args):
+    """--out's evaluation.json, or {}; InputError of a broken one, better before work than after."""
+    path = Path(args.out) / "evaluation.json"
+    return utils.read_json(path) if path.exists() else {}
 
 
 # --------------------------------------------------------------------------- statistics
 def wilson(rate, n, z=1.96):
     """95% interval of a rate by Wilson's score: honest at 0 and 1 too, where a bootstrap's is 0."""
     center = rate + z * z / (2 * n)
-    half = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    half = z * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5
     return [round((center + sign * half) / (1 + z * z / n), 4) for sign in (-1, 1)]
 
 
@@ -138,8 +130,7 @@ def mean_ci(values):
 
 def win_indicator(ours, theirs):
     """Scores of two arms on the same prompts and noise -> 1 where ours is higher, 0.5 for a tie."""
-    ours, theirs = np.asarray(ours), np.asarray(theirs)
-    return (ours > theirs) + 0.5 * (ours == theirs)
+    return np.greater(ours, theirs) + 0.5 * np.equal(ours, theirs)
 
 
 def compare(ours, theirs):
@@ -166,10 +157,16 @@ def format_mean(r):
     return f"{r['mean']:+.2f} ({format_ci(r, '+.2f')})"
 
 
+def rate_cells(r):
+    """What rate_ci() or compare() returned, or None, as two cells: the rate and its interval."""
+    if not r or not r["n"]:
+        return ["-", "-"]
+    return [f"{r['rate' if 'rate' in r else 'win_rate']:.3f}", format_ci(r)]
+
+
 def format_rate(r, with_n=False):
-    """What rate_ci() or compare() returned as "0.700 (0.600 to 0.800)", or "(..., n = 80)"."""
-    n = f", n = {r['n']}" if with_n else ""
-    return f"{r['rate' if 'rate' in r else 'win_rate']:.3f} ({format_ci(r)}{n})"
+    rate, interval = rate_cells(r)
+    return f"{rate} ({interval}, n = {r['n']})" if with_n else f"{rate} ({interval})"
 
 
 def markdown_table(header, rows):
@@ -178,26 +175,23 @@ def markdown_table(header, rows):
 
 
 def report(args, result, table, images):
-    """Write a subcommand's result to its key of evaluation.json, with the command, seconds and
-    machine that made it, its table (markdown) to its section of evaluation.md, and images {name:
-    image}; other keys and sections stay word for word. Print the table."""
+    """Save a result and what made it under the subcommand's key of evaluation.json, its table
+    (markdown) as a section of evaluation.md, and images {name: image}; print the table."""
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    device = f"CPU, {torch.get_num_threads()} threads"
-    if args.device != "cpu" and torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
+    on_gpu = args.device != "cpu" and torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     made = dict(command=args.made_by, seconds=round(time.time() - args.began))
     made["machine"] = f"{platform.system()} {platform.machine()}, {device}"
     made["torch"] = torch.__version__
     files = [out / "evaluation.json", out / "evaluation.md"]
-    results = utils.read_json(files[0]) if files[0].exists() else {}
-    results[args.command] = dict(made=made) | result
+    results = read_results(args) | {args.command: dict(made=made) | result}
     content = json.dumps(results, indent=1) + "\n"
     utils.write_atomically(files[0], lambda temporary: temporary.write_text(content))
     page = files[1].read_text() if files[1].exists() else ""
     parts = re.split(r"^## (.*)\n\n", page, flags=re.MULTILINE)[1:]
     sections = {name: text.rstrip("\n") for name, text in zip(parts[::2], parts[1::2], strict=True)}
-    sections[args.command] = table
+    sections[args.command] = table  # the others stay word for word
     text = "\n".join(f"## {name}\n\n{section}\n" for name, section in sections.items())
     utils.write_atomically(files[1], lambda temporary: temporary.write_text(text))
     for name, image in images.items():
@@ -210,12 +204,20 @@ def report(args, result, table, images):
 # -------------------------------------------------------------------------- what is read
 def load_run(args):
     """The adapter, its users' folder and pairs, and the settings of these; --data goes first."""
+    read_results(args)  # a broken file is better known now than after the work
     adapter = UserAdapter.load(args.adapter)
     users = Path(args.users or adapter.header.get("users", "users"))
     pairs, settings = read_pairs(users)
-    if args.data:
-        settings["data"] = args.data
+    settings["data"] = args.data or settings["data"]
     return adapter, users, pairs, settings
+
+
+def lookup(table, keys, missing):
+    """The values of keys in a dict; of one that is not there InputError, "<missing> <key> ..."."""
+    for key in keys:
+        if key not in table:
+            raise InputError(f"{missing} {key} there; expected the data the users were read from")
+    return [table[key] for key in keys]
 
 
 def load_true_tastes(data):
@@ -225,33 +227,18 @@ def load_true_tastes(data):
     if not path.is_file():
         raise InputError(f"--data: no {path}; of users who are not drawn ask evaluate.py judge")
     truth = utils.read_json(path)
-
-    def lookup(kind, names):
-        for name in names:
-            if not name.isdigit() or int(name) >= len(truth[kind]):
-                raise InputError(f"{path}: no user {name}; expected the data they were read from")
-        return [truth[kind][int(name)] for name in names]
-
+    weights = {str(i): taste for i, taste in enumerate(truth["tastes"])}
+    words = {str(i): ", ".join(taste) for i, taste in enumerate(truth["words"])}
     return (
-        lambda names: torch.tensor(lookup("tastes", names)),
-        lambda names: [", ".join(words) for words in lookup("words", names)],
+        lambda names: torch.tensor(lookup(weights, names, f"{path}: no user")),
+        lambda names: lookup(words, names, f"{path}: no user"),
     )
 
 
 def rows_by_id(data):
     """A function from ranking ids to the rows of a data folder; InputError of an id not there."""
     rows = {row["ranking_id"]: row for row in read_rows(data)}
-
-    def lookup(ids):
-        for i in ids:
-            if i not in rows:
-                problem = f"no pair of ranking id {i} there"
-                raise InputError(
-                    f"--data {data}: {problem}; expected the data users were read from"
-                )
-        return [rows[i] for i in ids]
-
-    return lookup
+    return lambda ids: lookup(rows, ids, f"--data {data}: no pair of ranking id")
 
 
 def select_test_pairs(users, pairs, **counts):
@@ -295,16 +282,13 @@ def load_profiles(args, users, names, data):
 def evaluate_users(args):
     """Sec. 5.2: users whom the VLM read from four choices, seen and unseen, one held-out caption
     each; win rate and mean true reward (from people.json, which nothing else reads) over the base.
-
     Controls, for the unseen: another user's embedding, the zero user, and the true taste: how a
     user of that taste looks to the VLM by a linear fit over the training users. The reverse fit,
-    from embedding to taste, tells how much of an unseen user's taste is in their embedding.
-    """
+    from embedding to taste, tells how much of an unseen user's taste is in their embedding."""
     adapter, users, pairs, settings = load_run(args)
     data = Path(settings["data"])
     tastes, words = load_true_tastes(data)
-    n = args.n or 200
-    test_pairs = select_test_pairs(users, pairs, seen=n, unseen=n)
+    test_pairs = select_test_pairs(users, pairs, seen=args.n or 200, unseen=args.n or 200)
     names = {kind: [row["user"] for row in rows] for kind, rows in test_pairs.items()}
     captions = {kind: [row["caption"] for row in rows] for kind, rows in test_pairs.items()}
     base = load_base_for(adapter, args)
@@ -338,7 +322,6 @@ def evaluate_users(args):
     readout = ridge(train_embeddings, train_tastes)(own)
     cosine = torch.cosine_similarity(readout, tastes(names["unseen"]))
     result |= dict(readout=mean_ci(cosine.tolist()), fidelity=fidelity)
-
     # the sheet: four users of each kind, what they like, and what the VLM says of them
     shown = sorted(set(captions["unseen"]))[:8]
     sheet_users = names["seen"][:4] + names["unseen"][:4]
@@ -371,7 +354,7 @@ def people_table(result):
         r = result["people"][name]
         title = f"unseen, by {controls[name]}" if name in controls else name
         means = [f"{r['mean_other']:+.2f}", f"{r['mean']:+.2f}"]
-        rows.append([title, f"{r['win_rate']:.3f}", format_ci(r), r["n"], *means])
+        rows.append([title, *rate_cells(r), r["n"], *means])
     readout = result["readout"]
     own = format_rate(result["own_over_other"], with_n=True)
     base, ours = (format_rate(result["fidelity"][arm], with_n=True) for arm in ("base", "ppd"))
@@ -389,10 +372,9 @@ def run_python(script, *flags):
     words = [str(word) for word in flags]
     process = subprocess.Popen([sys.executable, str(Path(__file__).with_name(script)), *words])
     try:
-        code = process.wait()
-    except KeyboardInterrupt:  # it was asked to stop too, and saves first
         process.wait()
-        raise
+    finally:  # after a KeyboardInterrupt too: it was asked to stop as well, and saves first
+        code = process.wait()
     if code != 0:
         raise InputError(f"{script} {' '.join(words)} ended with exit status {code}")
 
@@ -402,17 +384,15 @@ def to_flags(settings, keys):
     flags = []
     for key in keys:
         value = settings.get(key)
-        if value is True:
-            flags.append(utils.flag(key))
-        elif value not in (None, False):
-            flags += [utils.flag(key), *(value if isinstance(value, list) else [value])]
+        if value is not None and value is not False:  # 0 is a value
+            values = value if isinstance(value, list) else [value]
+            flags += [utils.flag(key), *(v for v in values if v is not True)]
     return flags
 
 
 def train_baseline(args, adapter, name, users, **changes):
-    """The adapter --baselines/<name>: trained by train.py unless it is there (at full scale train
-    it beforehand, with torchrun), as long as `adapter` and with its settings but for the changes.
-    InputError if what is there was trained with others."""
+    """The adapter --baselines/<name>: trained by train.py unless it is there, as long as `adapter`
+    and with its settings but for the changes; InputError if it was trained with others."""
     folder = Path(args.baselines) / name
     expected = adapter.header["recipe"] | changes
     is_there = (folder / "adapter.safetensors").exists()
@@ -444,8 +424,7 @@ def load_reward_run(args, default_n):
     if unknown:
         advice = "give a folder made by embed.py --one-hot"
         raise InputError(f"--users {users}: {unknown[0]!r} is no reward; {advice}")
-    position = {name: load_user(users / f"{name}.pt")["embedding"].argmax() for name in names}
-    names = sorted(names, key=lambda name: position[name].item())
+    names = sorted(names, key=lambda name: load_user(users / f"{name}.pt")["embedding"].argmax())
     held_out = sorted({row["caption"] for row in pairs if row["split"].startswith("test")})
     captions = read_prompts(args.prompts) if args.prompts else held_out
     if not captions:
@@ -458,24 +437,24 @@ def load_reward_run(args, default_n):
 
 
 def reward_arms(args, adapter, vectors, users, settings):
-    """Table 1's methods: {method: {whose images, "" for everybody's: (adapter, embedding)}}."""
-    arms = {"base": {"": (adapter, None)}}
-    if args.baselines:
-        own_labels = users.with_name(users.name + "-own")
-        flags = to_flags(settings, ("data", "validation_captions", "test_captions", "unseen_users"))
-        flags += ["--users", own_labels, "--device", args.device, "--one-hot", "own"]
-        run_python("embed.py", *flags)
-        dpo = train_baseline(args, adapter, "dpo", own_labels, objective="dpo")
-        sft = train_baseline(args, adapter, "sft", users, objective="sft")
-        arms["Diffusion-DPO"] = {"": (dpo, load_user_embedding(dpo, "zero"))}
-        arms["SFT"] = {name: (sft, vector) for name, vector in vectors.items()}
-    arms["PPD"] = {name: (adapter, vector) for name, vector in vectors.items()}
-    if args.baselines:
-        arms[UPPER_BOUND] = {}
-        for name in vectors:
-            changes = dict(objective="dpo", only=[name])
-            upper = train_baseline(args, adapter, f"dpo-{name}", users, **changes)
-            arms[UPPER_BOUND][name] = (upper, load_user_embedding(upper, "zero"))
+    """Table 1's methods and, for the sheet, the zero user: {(method, the reward its images are for,
+    or "" for all): (adapter, embedding)}."""
+    arms = {("base", ""): (adapter, None)}
+    arms["zero user", ""] = (adapter, load_user_embedding(adapter, "zero"))
+    ppd = {("PPD", name): (adapter, vector) for name, vector in vectors.items()}
+    if not args.baselines:
+        return arms | ppd
+    own_labels = users.with_name(users.name + "-own")
+    flags = to_flags(settings, ("data", "validation_captions", "test_captions", "unseen_users"))
+    flags += ["--users", own_labels, "--device", args.device, "--one-hot", "own"]
+    run_python("embed.py", *flags)
+    dpo = train_baseline(args, adapter, "dpo", own_labels, objective="dpo")
+    arms["Diffusion-DPO", ""] = (dpo, load_user_embedding(dpo, "zero"))
+    sft = train_baseline(args, adapter, "sft", users, objective="sft")
+    arms |= {("SFT", name): (sft, vector) for name, vector in vectors.items()} | ppd
+    for name in vectors:
+        upper = train_baseline(args, adapter, f"dpo-{name}", users, objective="dpo", only=[name])
+        arms[UPPER_BOUND, name] = (upper, load_user_embedding(upper, "zero"))
     return arms
 
 
@@ -488,48 +467,41 @@ def rewards(args):
     names = list(vectors)
     is_drawn = names[0] in world.WORDS
     arms = reward_arms(args, adapter, vectors, users, settings)
-    methods = list(arms)
-    arms["zero user"] = {"": (adapter, load_user_embedding(adapter, "zero"))}  # for the sheet only
     base = load_base_for(adapter, args)
     n_shown = min(len(prompts), len(set(prompts)), 12)
     scores, kept, sheet = defaultdict(list), defaultdict(list), defaultdict(list)
-    for method, arm in [(method, arm) for method in arms for arm in arms[method]]:
-        count = n_shown if method == "zero user" else len(prompts)
-        for i in range(0, count, 4 * args.batch):  # scored as they come, to bound the memory
-            part = prompts[i : min(i + 4 * args.batch, count)]
-            images = generate_arm(args, base, part, *arms[method][arm], f"{method} {arm}", first=i)
-            sheet[method, arm] += images[: max(0, n_shown - i)]
+    for (method, arm), (arm_adapter, user) in arms.items():
+        title = method.replace(UPPER_BOUND, "own DPO").replace("Diffusion-DPO", "DPO")
+        wanted = prompts[:n_shown] if method == "zero user" else prompts
+        for i in range(0, len(wanted), 4 * args.batch):  # scored as they come, to bound the memory
+            part = wanted[i : i + 4 * args.batch]
+            images = generate_arm(args, base, part, arm_adapter, user, f"{method} {arm}", first=i)
+            sheet[f"{title}\n{arm}"] += images[: max(0, n_shown - i)]
             for name in names:
                 scores[method, arm, name] += score(name, images, part, str(base.device)).tolist()
             kept[method, arm] += world.fidelity(images, part) if is_drawn else []
 
-    def reward_of(method, name):  # of the images that the method makes for this reward
-        return scores[method, name if name in arms[method] else "", name]
-
+    own = defaultdict(dict)  # scores of the images that a method makes for this very reward
+    for (method, arm, name), values in scores.items():
+        if arm in ("", name) and method != "zero user":
+            own[method][name] = values
     result = dict(table_1={}, figure_3={}, crossed={}, first={})
-    for method in methods:
-        values = {name: reward_of(method, name) for name in names}
-        means = {name: mean_ci(values[name]) for name in names}
+    for method, by_name in own.items():
+        means = {name: mean_ci(values) for name, values in by_name.items()}
         if is_drawn:  # a prompt counts once
-            per_prompt = np.mean([kept[method, arm] for arm in arms[method]], axis=0)
+            per_prompt = np.mean([kept[key] for key in arms if key[0] == method], axis=0)
             means["fidelity"] = rate_ci(per_prompt)
         result["table_1"][method] = means
-        first = {name: np.round(values[name][:12], 3).tolist() for name in names}
+        first = {name: np.round(values[:12], 3).tolist() for name, values in by_name.items()}
         result["first"][method] = first  # for a test to score again
-    others = [method for method in methods if method != "PPD"]
-    for name in names:
-        ours = reward_of("PPD", name)
-        result["figure_3"][name] = {m: compare(ours, reward_of(m, name)) for m in others}
+    others = [method for method in own if method != "PPD"]
+    for name, ours in own["PPD"].items():
+        result["figure_3"][name] = {m: compare(ours, own[m][name]) for m in others}
         result["crossed"][name] = {arm: mean_ci(scores["PPD", arm, name]) for arm in names}
     if not is_drawn:
         result["models"] = {name: REWARDS[name][0] for name in names}
-
-    columns = {}
-    for method, arm in sorted(sheet, key=lambda key: key[0] not in ("base", "zero user")):
-        title = method.replace(UPPER_BOUND, "own DPO").replace("Diffusion-DPO", "DPO")
-        columns[f"{title}\n{arm}"] = sheet[method, arm]
     labels = [prompt[:60] for prompt in prompts[:n_shown]]
-    grid = plots.image_grid(list(zip(*columns.values(), strict=True)), labels, list(columns), 72)
+    grid = plots.image_grid(list(zip(*sheet.values(), strict=True)), labels, list(sheet), 72)
     images = dict(figure_3=figure_3(result["figure_3"]), rewards=grid)
     report(args, result, rewards_table(result), images)
 
@@ -547,19 +519,17 @@ def rewards_table(result):
     names = list(result["figure_3"])
     titles = [result.get("models", {}).get(name, name) for name in names]
     n = result["table_1"]["PPD"][names[0]]["n"]
-    is_drawn = "models" not in result
-    kept = ["color and shape"] if is_drawn else []
-    means = [["mean reward", *titles, *kept]]
+    means = [["mean reward", *titles, *([] if "models" in result else ["color and shape"])]]
     wins = [[f"PPD's win rate, n = {n}", *titles]]
     crossed = [["mean reward of PPD's images", *(f"for {title}" for title in titles)]]
     for method, r in result["table_1"].items():
-        kept = [format_rate(r["fidelity"])] if is_drawn else []
-        means.append([method, *(format_mean(r[name]) for name in names), *kept])
+        cells = [format_rate(v) if "rate" in v else format_mean(v) for v in r.values()]
+        means.append([method, *cells])
     for method in result["figure_3"][names[0]]:
         rates = [result["figure_3"][name][method] for name in names]
         wins.append([f"over {method}", *map(format_rate, rates)])
-    for name, title in zip(names, titles, strict=True):
-        crossed.append([title, *(format_mean(result["crossed"][name][arm]) for arm in names)])
+    for title, r in zip(titles, result["crossed"].values(), strict=True):
+        crossed.append([title, *map(format_mean, r.values())])
     return "\n\n".join(markdown_table(table[0], table[1:]) for table in (means, wins, crossed))
 
 
@@ -567,28 +537,23 @@ def rewards_table(result):
 def query_judge(client, args, text, images):
     """An OpenAI-compatible endpoint's answer to a prompt with one <image> an image; InputError if
     there is none."""
-    import openai
-
-    content = []
-    for words, image in itertools.zip_longest(text.split("<image>"), images):
+    words, *others = text.split("<image>")
+    content = [dict(type="text", text=words)]
+    for image, words in zip(images, others, strict=True):
+        small = image.convert("RGB")
+        small.thumbnail((512, 512))
+        buffer = io.BytesIO()
+        small.save(buffer, "JPEG", quality=90)
+        url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+        content.append(dict(type="image_url", image_url=dict(url=url, detail="low")))
         content.append(dict(type="text", text=words))
-        if image is not None:
-            buffer = io.BytesIO()
-            small = image.convert("RGB")
-            small.thumbnail((512, 512))
-            small.save(buffer, "JPEG", quality=90)
-            url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-            content.append(dict(type="image_url", image_url=dict(url=url, detail="low")))
     asked = dict(messages=[dict(role="user", content=content)], temperature=0, max_tokens=500)
     try:
         reply = client.chat.completions.create(model=args.judge, **asked)
-        answer = reply.choices[0].message.content or ""
-        if not isinstance(answer, str):
-            raise TypeError("its answer is no text")
-        return answer
-    except (openai.OpenAIError, *NO_COMPLETION) as error:
-        kept = "What is judged is kept: the same command goes on"
+        return (reply.choices[0].message.content or "").strip()
+    except Exception as error:  # openai's, or of a reply that is no chat completion
         reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
+        kept = "What is judged is kept: the same command goes on"
         raise InputError(f"--judge-url {args.judge_url}: {reason}. {kept}") from None
 
 
@@ -614,20 +579,17 @@ def load_judge(args):
 def parse_verdict(first, second):
     """Two answers about a pair, ours shown first and then second -> what they say together: "ours",
     "other", "inconsistent" (the answer follows the order) or "unparsable"."""
-    votes = []
-    for answer in (first, second):
-        found = re.findall(r"CHOICE:\s*\**([12])", answer, re.IGNORECASE)
-        if not found:
-            return "unparsable"
-        votes.append(found[-1])
-    return {("1", "2"): "ours", ("2", "1"): "other"}.get(tuple(votes), "inconsistent")
+    found = [re.findall(r"CHOICE:\s*\**([12])", a, re.IGNORECASE) for a in (first, second)]
+    if not all(found):
+        return "unparsable"
+    return {"12": "ours", "21": "other"}.get(found[0][-1] + found[1][-1], "inconsistent")
 
 
 def summarize_verdicts(verdicts):
     """Win rate among consistent verdicts, and how many were dropped."""
-    won = rate_ci([int(v == "ours") for v in verdicts if v in ("ours", "other")])
-    won = won or dict(rate=None, n=0, ci95=None)
-    return won | {kind: verdicts.count(kind) for kind in ("inconsistent", "unparsable")}
+    won = [int(verdict == "ours") for verdict in verdicts if verdict in ("ours", "other")]
+    dropped = {kind: verdicts.count(kind) for kind in ("inconsistent", "unparsable")}
+    return (rate_ci(won) or dict(rate=None, n=0, ci95=None)) | dropped
 
 
 def open_journal(args, adapter):
@@ -639,9 +601,10 @@ def open_journal(args, adapter):
     path = Path(args.out) / "judge.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = utils.read_jsonl(path) if path.exists() else []
-    for key in settings if lines else ():
-        if lines[0].get(key) != settings[key]:
-            problem = f"was begun with {key} {lines[0].get(key)}, not {settings[key]}"
+    begun = lines[0] if lines else settings
+    for key, value in settings.items():
+        if begun.get(key) != value:
+            problem = f"was begun with {key} {begun.get(key)}, not {value}"
             raise InputError(f"{path} {problem}; move it away or choose another --out")
     for number, line in enumerate(lines[1:], 2):
         if not {"kind", "user"} <= line.keys():
@@ -735,10 +698,9 @@ def judge_table(result):
     header = ["users", "win rate over base, judged", "95%", "judged", "inconsistent", "unparsable"]
     rows = []
     for name, r in (result["people"] | {"the judge on real choices": result["accuracy"]}).items():
-        judged = [f"{r['rate']:.3f}", format_ci(r), r["n"]] if r["n"] else ["-", "-", 0]
         truth = result.get("truth", {}).get(name)
         true = [format_rate(truth), truth["n"]] if truth else ["-", "-"]
-        rows.append([name, *judged, r["inconsistent"], r["unparsable"], *true])
+        rows.append([name, *rate_cells(r), r["n"], r["inconsistent"], r["unparsable"], *true])
     return markdown_table([*header, "by the true taste", "n"], rows)
 
 
@@ -746,7 +708,8 @@ COMMANDS = dict(people=evaluate_users, judge=judge, rewards=rewards)
 
 
 def main(argv=None):
-    run_command("evaluate.py", COMMANDS, parse_args(argv))
+    args = parse_args(argv)
+    utils.run_script("evaluate.py", COMMANDS[args.command], args)
 
 
 if __name__ == "__main__":

@@ -206,7 +206,6 @@ def run(args):
         if length > most:
             message = f"{caption!r} has {length} tokens, the text encoder reads {most}"
             print(f"warning: {message}", file=sys.stderr)
-
     prompts = [caption for caption in captions for _ in range(args.n)]
     seeds = [args.seed + i for i in range(args.n)] * len(captions)
     sampling = dict(user_scale=args.user_scale, steps=args.steps or base.steps)

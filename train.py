@@ -79,9 +79,7 @@ def parse_args(argv=None):
     add("--decay", choices=("constant", "cosine"), help="after warm-up " + by_base("decay"))
     add("--clip", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
     add("--user-drop", type=float, default=0.1, help="share of users zeroed (default: %(default)s)")
-    add(
-        "--noise", choices=("shared", "separate"), default="shared", help="in a pair; Eq. 6 has two"
-    )
+    add("--noise", choices=("shared", "separate"), default="shared", help="of a pair's images")
     add("--tokens", type=int, help="user tokens " + by_base("tokens"))
     add("--token-dim", type=int, help="their width " + by_base("token_dim"))
     add("--bias-free", action="store_true", help="no bias in the projector: zero user = base")
@@ -145,7 +143,7 @@ def micro_step(base, adapter, batch, beta, user_drop=0.0, pairs_a_step=None):
 
     batch: see data.collate; user_drop: share of users zeroed, 1 for Diffusion-DPO (Eq. 3)
     pairs_a_step: what the sum of the losses is divided by for backward; None: no backward
-    Returns the losses (B,) and a dict of (B,) tensors to log. Nothing here waits for the GPU.
+    Returns the losses (B,) and (B,) tensors to log. Nothing here waits for the GPU.
     """
     x_t, t, target, conditions, user_tokens = prepare(base, adapter, batch, user_drop)
     # the reference model: the same network, user branch off, no gradient
@@ -161,8 +159,7 @@ def micro_step(base, adapter, batch, beta, user_drop=0.0, pairs_a_step=None):
 
 
 def sft_micro_step(base, adapter, batch, user_drop=0.0, pairs_a_step=None):
-    """Eq. 1 on the preferred images of a micro-batch, with the user as condition: the SFT baseline.
-    As micro_step otherwise."""
+    """The SFT baseline: Eq. 1 on the preferred images, given the user; else as micro_step."""
     x_t, t, target, conditions, user_tokens = prepare(base, adapter, batch, user_drop, 1)
     with adapter.user(user_tokens):
         losses = denoising_error(base.predict(x_t, t, *conditions), target)
@@ -200,7 +197,7 @@ def learning_rate(step, args):
 @torch.no_grad()
 def validate(base, adapter, batches, args):
     """Means over the fixed validation pairs of all ranks, as validation_*; {} without any."""
-    values = {}
+    values, means = {}, {}
     user_drop = 1.0 if args.objective == "dpo" else 0.0
     for batch in batches:
         losses, log = micro_step(base, adapter, batch, args.beta, user_drop)
@@ -209,7 +206,6 @@ def validate(base, adapter, batches, args):
         for key, value in log.items():
             values.setdefault(f"validation_{key}", []).extend(value.tolist())
     parts = utils.all_gather_objects(values)
-    means = {}
     for key in parts[0]:
         numbers = [number for part in parts for number in part.get(key, [])]
         means[key] = math.fsum(numbers) / len(numbers)
@@ -265,19 +261,13 @@ def training_step(step, args, base, adapter, batches, stop, save):
 
 
 # ----------------------------------------------------------------------- parts of a run
-def print0(*text):
-    if utils.rank_and_world()[0] == 0:
-        print(*text)
-
-
 @contextlib.contextmanager
 def stop_requests():
     """A list that SIGINT and SIGTERM append to inside the block: the step in hand is finished,
     saved, and the run ends. Afterwards signals are handled as before."""
     requests = []
-    before = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, lambda *_: requests.append(1))
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda *_: requests.append(1)) for number in numbers}
     try:
         yield requests
     finally:
@@ -350,11 +340,9 @@ def batch_indices(step, micro_step, args):
 def validation_batches(dataset, n, args, to_batch):
     """This rank's part of the first n validation pairs, as micro-batches."""
     rank, world_size = utils.rank_and_world()
-    batches = []
-    for k in range(rank * args.micro, n, world_size * args.micro):
-        indices = range(k, min(k + args.micro, n))
-        batches.append(to_batch([dataset[i] for i in indices]))
-    return batches
+    starts = range(rank * args.micro, n, world_size * args.micro)
+    parts = [range(start, min(start + args.micro, n)) for start in starts]
+    return [to_batch([dataset[i] for i in part]) for part in parts]
 
 
 def preview_inputs(adapter, rows, embeddings, objective):
@@ -369,6 +357,11 @@ def preview_inputs(adapter, rows, embeddings, objective):
 
 
 # --------------------------------------------------------------------------------- a run
+def print0(*text):
+    if utils.rank_and_world()[0] == 0:
+        print(*text)
+
+
 def save_run(args, config, header, adapter, optimizer, step):
     """The adapter for sample.py and the state for --resume, by rank 0."""
     if utils.rank_and_world()[0] == 0:

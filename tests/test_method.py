@@ -280,8 +280,8 @@ def test_adapter_errors_say_what_and_where(plain, tmp_path):
     path = tmp_path / "adapter.safetensors"
     UserAdapter(3, [256] * 8).save(path)
     widths = (
-        r"adapter.safetensors is for a base with 8 attention layers of \[256\]; this base has 8 "
-        r"attention layers of \[128\]"
+        r"adapter.safetensors is for a base with 8 attention layers of widths \[256\]; this base has 8 "
+        r"attention layers of widths \[128\]"
     )
     with pytest.raises(InputError, match=widths):
         UserAdapter.load(path).install(plain.attention_layers())
@@ -295,7 +295,7 @@ def test_adapter_errors_say_what_and_where(plain, tmp_path):
     with pytest.raises(InputError, match='Unexpected key.*"extra"'):
         UserAdapter.load(path)
     save_file(state, path)
-    with pytest.raises(InputError, match=r"no usable PPD adapter \(its header says format None\)"):
+    with pytest.raises(InputError, match=r"no usable PPD adapter"):
         UserAdapter.load(path)
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(InputError, match="not a readable safetensors file"):

@@ -34,12 +34,11 @@ from utils import InputError
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def training_loop(out, steps, lr, models, optimizer, loss_of, save_every, after=None, carry=None):
-    """The loop of both small models, resumable. loss_of(step) -> loss, {name: number to log};
-    after(step) follows the optimizer's step; carry: tensors that a resume needs besides weights
-    and optimizer, by name."""
-    carry = carry or {}
-    start, began, log = 0, time.time(), {}
+def training_loop(out, steps, lr, models, optimizer, loss_of, save_every, carry, after=None):
+    """Both small models' resumable loop. loss_of(step) -> loss, {name: number to log}; carry: other
+    tensors that a resume needs, by name; after(step) follows the optimizer's step."""
+    log = {}
+    began = time.time()
     out.mkdir(parents=True, exist_ok=True)
     config = dict(steps=steps, lr=lr)
     saved = utils.load_checkpoint(out, config)
@@ -52,9 +51,8 @@ def training_loop(out, steps, lr, models, optimizer, loss_of, save_every, after=
         except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
             problem = f"holds a run of other sizes: {utils.first_line(error)}"
             raise InputError(f"--out {out} {problem}") from None
-        start = saved["step"]
-    size = sum(p.numel() for p in models.parameters()) / 1e6
-    print(f"{size:.2f}M parameters, from step {start}")
+    start = saved["step"] if saved else 0
+    print(f"{sum(p.numel() for p in models.parameters()) / 1e6:.2f}M parameters, from step {start}")
     for step in tqdm(range(start, steps), initial=start, total=steps, desc=out.name, disable=None):
         factor = min((step + 1) / 200, 0.5 + 0.5 * math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
@@ -100,10 +98,9 @@ def make_tokenizer(max_length=16):
     return tokenizer
 
 
-def taste_words(z, rng):
-    """Up to two words for what stands out in an image: z (5,) standardized axes -> ["dark"]."""
-    axes = [a for a in rng.permutation(len(AXES)) if abs(z[a]) > 0.6]
-    return [AXIS_WORDS[a][int(z[a] < 0)] for a in axes[: rng.integers(1, 3)]]
+def axis_words(z, axes):
+    """What these axes of an image, z (5,) standardized, are called, e.g. ["dark", "large"]."""
+    return [AXIS_WORDS[a][int(z[a] < 0)] for a in axes]
 
 
 def fit_codec(images, patch=4, channels=16):
@@ -126,10 +123,9 @@ def make_base(tokenizer, width, layers):
     """The small prior and text encoder, with random weights; flat like Stage C."""
     sizes = dict(hidden_size=64, projection_dim=64, intermediate_size=256, hidden_act="gelu")
     sizes |= dict(num_hidden_layers=2, num_attention_heads=2, vocab_size=len(tokenizer))
-    special = {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
-    length = tokenizer.model_max_length
-    config = transformers.CLIPTextConfig(**sizes, **special, max_position_embeddings=length)
-    text = transformers.CLIPTextModelWithProjection(config).to(DEVICE)
+    sizes |= {f"{k}_token_id": getattr(tokenizer, f"{k}_token_id") for k in ("bos", "eos", "pad")}
+    sizes |= dict(max_position_embeddings=tokenizer.model_max_length)
+    text = transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**sizes)).to(DEVICE)
     sizes = dict(in_channels=16, out_channels=16, patch_size=1, timestep_ratio_embedding_dim=64)
     sizes |= dict(conditioning_dim=width, block_out_channels=(width, width), dropout=(0.1, 0.1))
     sizes |= dict(num_attention_heads=(width // 64, width // 64), switch_level=(False,))
@@ -153,8 +149,11 @@ def train_base(out, steps, batch, lr, seed, pictures, width, layers, init, lean,
     captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(pictures)]
     drawn = [world.draw_random(rng, c) for c in tqdm(captions, desc="drawing", disable=None)]
     images = world.to_array(drawn)
-    axes = world.standardized(images)
-    worded = [", ".join([c, *taste_words(z, rng)]) for c, z in zip(captions, axes, strict=True)]
+    worded = []
+    for caption, z in zip(captions, world.standardized(images), strict=True):
+        # up to two words for what stands out in the image
+        axes = [a for a in rng.permutation(len(AXES)) if abs(z[a]) > 0.6][: rng.integers(1, 3)]
+        worded.append(", ".join([caption, *axis_words(z, axes)]))
     images = torch.from_numpy(images).permute(0, 3, 1, 2)
     codec_file = "codec/codec.safetensors"
     codec = PatchCodec.load(Path(init) / codec_file) if init else fit_codec(images[:5000])
@@ -184,7 +183,6 @@ def train_base(out, steps, batch, lr, seed, pictures, width, layers, init, lean,
     # half are above 0.75), and every timestep's error counts relative to what is usual there (Stage
     # C's own "adaptive" weight).
     usual_error = torch.ones(50, device=DEVICE)
-    no_image = torch.zeros(batch, 1, 64, device=DEVICE)
 
     def loss_of(step):
         g = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -199,12 +197,11 @@ def train_base(out, steps, batch, lr, seed, pictures, width, layers, init, lean,
         with torch.autocast(DEVICE, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             encoded = text(ids[0], attention_mask=ids[1], output_hidden_states=True)
             noisy = scheduler.add_noise(x0, noise, t)
-            clip = dict(clip_text=encoded.hidden_states[-1], clip_img=no_image)
+            clip = dict(clip_text=encoded.hidden_states[-1], clip_img=x0.new_zeros(batch, 1, 64))
             noise_pred = fast_prior(noisy, t, encoded.text_embeds[:, None], **clip).sample
         error = (noise_pred.float() - noise).square().mean((1, 2, 3))
         bucket = (t * 49.999).long()
-        moved = torch.lerp(usual_error[bucket], error.detach(), 0.05)
-        usual_error.index_copy_(0, bucket, moved)
+        usual_error.index_copy_(0, bucket, torch.lerp(usual_error[bucket], error.detach(), 0.05))
         return (error / usual_error[bucket]).mean(), dict(loss=error.mean())
 
     @torch.no_grad()
@@ -214,7 +211,7 @@ def train_base(out, steps, batch, lr, seed, pictures, width, layers, init, lean,
             ema[name].lerp_(parameter, 1 - decay)
 
     carry = dict(typical=usual_error, **ema)
-    training_loop(out, steps, lr, models, optimizer, loss_of, save_every, average, carry)
+    training_loop(out, steps, lr, models, optimizer, loss_of, save_every, carry, average)
     models.load_state_dict(ema)
     for model, name in ((prior, "prior"), (text, "text_encoder")):  # bf16, as the release's variant
         model.to(torch.bfloat16).save_pretrained(out / name, variant="bf16")
@@ -234,8 +231,7 @@ def make_vlm_tokenizer():
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=alphabet, merges=[]))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    names = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
-    tokenizer.add_special_tokens(names)
+    tokenizer.add_special_tokens("<|endoftext|> <|im_start|> <|im_end|> <image> <video>".split())
     pieces = [embed.INTRO, *embed.QUESTIONS.values(), embed.PREFERRED, embed.DISPREFERRED]
     pieces += [embed.IMAGE_1, embed.IMAGE_2, "CHOICE: 1", "CHOICE: 2"]
     pieces += [embed.PAIR.format(i) for i in range(1, 9)] + [f"Pair {i}: " for i in range(1, 9)]
@@ -267,10 +263,9 @@ def make_vlm(side=world.SIDE, patch=16, width=192, layers=4):
     special |= dict(bos_token_id=None, tie_word_embeddings=True)
     text = transformers.Qwen2Config(**sizes, **special, max_position_embeddings=1024)
     image_id, video_id = tokenizer.convert_tokens_to_ids(["<image>", "<video>"])
-    token_ids = dict(image_token_index=image_id, video_token_index=video_id)
-    features |= dict(vision_feature_layer=-1, image_grid_pinpoints=points)
-    models = dict(vision_config=vision, text_config=text, tie_word_embeddings=True)
-    config = transformers.LlavaOnevisionConfig(**models, **token_ids, **features)
+    features |= dict(image_token_index=image_id, video_token_index=video_id)
+    features |= dict(vision_feature_layer=-1, image_grid_pinpoints=points, tie_word_embeddings=True)
+    config = transformers.LlavaOnevisionConfig(vision_config=vision, text_config=text, **features)
     return transformers.LlavaOnevisionForConditionalGeneration(config), processor
 
 
@@ -294,10 +289,8 @@ def make_examples(rng, z, n, pairs, task):
     "judge" picks one of two further images."""
     if task == "look":
         images = rng.integers(z.shape[0] * z.shape[1], size=(n, 1))
-        answers = []
-        for row in z.reshape(-1, len(AXES))[images[:, 0]]:
-            words = [AXIS_WORDS[axis][int(v < 0)] for axis, v in enumerate(row)]
-            answers.append(", ".join(words) + "<|im_end|>")
+        shown = z.reshape(-1, len(AXES))[images[:, 0]]
+        answers = [", ".join(axis_words(row, range(len(AXES)))) + "<|im_end|>" for row in shown]
         prompt = embed.SYSTEM + "<image>" + embed.ASSISTANT_TURN
         return [prompt] * n, answers, images, [{}] * n
     is_judge = task == "judge"
@@ -320,7 +313,9 @@ def make_examples(rng, z, n, pairs, task):
         else:
             answer, known = describe_taste(posterior[i] @ named)
             if task == "profile":
-                answer = describe_pairs(gap[i]) + "User profile: " + answer
+                widest = [axis_words(row, np.argsort(-np.abs(row))[:2]) for row in gap[i]]
+                lines = [f"Pair {k}: {', '.join(words)}.\n" for k, words in enumerate(widest, 1)]
+                answer = "".join(lines) + "User profile: " + answer
         answers.append(answer + "<|im_end|>")
         odds.append(known)
     image_indices = (captions[..., None] * z.shape[1] + images).reshape(n, -1)
@@ -337,16 +332,6 @@ def describe_taste(likely):
         odds[offset] = dict(zip(words, likely / likely.sum(), strict=True))
         likely = np.where(np.arange(len(words)) == best[k], 0, likely)
     return ", ".join(words[w] for w in best), odds
-
-
-def describe_pairs(gap):
-    """The two axes on which each pair differs most, from their differences (pairs, 5)."""
-    text = ""
-    for k, difference in enumerate(gap, 1):
-        widest = np.argsort(-np.abs(difference))[:2]
-        words = [AXIS_WORDS[a][int(difference[a] < 0)] for a in widest]
-        text += f"Pair {k}: {', '.join(words)}.\n"
-    return text
 
 
 def soft_targets(answers, odds, tokenizer):
@@ -397,9 +382,8 @@ def train_vlm(out, steps, batch, lr, seed, pictures, save_every=500):
         answers = tokenizer(answers).input_ids
         texts = [torch.tensor(a + b) for a, b in zip(prompts, answers, strict=True)]
         ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(DEVICE)
-        is_answer = torch.zeros(ids.shape, dtype=torch.bool, device=DEVICE)
-        for i, (a, b) in enumerate(zip(prompts, answers, strict=True)):
-            is_answer[i, len(a) : len(a) + len(b)] = True
+        masks = [torch.arange(len(b)) >= len(a) for a, b in zip(prompts, texts, strict=True)]
+        is_answer = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True).to(DEVICE)
         targets = soft_targets(answers, odds, tokenizer)
         with torch.autocast(DEVICE, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             shown = drawn[torch.from_numpy(images.flatten())]
@@ -417,7 +401,7 @@ def train_vlm(out, steps, batch, lr, seed, pictures, save_every=500):
         loss = F.kl_div(log_probs, targets, reduction="sum") / len(targets)  # 0: a perfect reader
         return loss, {task: loss}
 
-    training_loop(out, steps, lr, vlm, optimizer, loss_of, save_every)
+    training_loop(out, steps, lr, vlm, optimizer, loss_of, save_every, carry={})
     vlm.to(torch.bfloat16).save_pretrained(out)
     processor.save_pretrained(out)
     (out / "state.pt").unlink()
