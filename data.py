@@ -496,19 +496,21 @@ class PreferencePairs(Dataset):
         noise: (2, C, h, w) float32, what will be added; both alike unless separate_noise
         t: float in [t_min, 1], one for the pair
         user: (D,) float32, the embedding of one of the groups that may condition this pair
-        u_drop: float in [0, 1); the user is dropped where it is below --user-drop
+        drop_draw: float in [0, 1); the user is dropped where it is below --user-drop
         """
         key = np.random.SeedSequence([self.seed, index]).generate_state(1, np.uint64)[0]
-        g = torch.Generator().manual_seed(int(key) >> 1)
-        u_time, u_drop, u_group = torch.rand(3, generator=g, dtype=torch.float64).tolist()
+        g = torch.Generator().manual_seed(int(key) >> 1)  # which takes 63 bits
+        time_draw, drop_draw, group_draw = torch.rand(3, generator=g, dtype=torch.float64).tolist()
         noise = torch.randn(2, *self.latent_shape, generator=g)
         noise = noise if self.separate_noise else noise[:1].expand_as(noise)
         row, images = self.load(index)
-        group = row["groups"][int(u_group * len(row["groups"]))]
+        group = row["groups"][int(group_draw * len(row["groups"]))]
         user = self.embeddings[row["user"]][group]
-        t = self.t_min + (1 - self.t_min) * u_time
+        t = self.t_min + (1 - self.t_min) * time_draw
         caption = row["caption"]
-        return dict(caption=caption, images=images, noise=noise, t=t, user=user, u_drop=u_drop)
+        return dict(
+            caption=caption, images=images, noise=noise, t=t, user=user, drop_draw=drop_draw
+        )
 
     def load(self, index):
         """The pair at an index, and its images; for a broken one, which is named, the next one."""
@@ -530,13 +532,13 @@ def collate(pairs, tokenize):
     images: (2B, 3, S, S) uint8 or latents (2B, C, h, w): the B preferred first, then the B
         dispreferred in the same order
     noise: (2B, C, h, w) float32, in that order
-    t: (B,), user: (B, D) float32, u_drop: (B,), as in PreferencePairs
+    t: (B,), user: (B, D) float32, drop_draw: (B,), as in PreferencePairs
     """
     columns = {key: [pair[key] for pair in pairs] for key in pairs[0]}
     batch = dict(tokens=tokenize(columns["caption"]), user=torch.stack(columns["user"]))
     for key in ("images", "noise"):  # B times (2, ...) -> (2B, ...)
         batch[key] = torch.stack(columns[key], dim=1).flatten(0, 1)
-    for key in ("t", "u_drop"):
+    for key in ("t", "drop_draw"):
         batch[key] = torch.tensor(columns[key])
     return batch
 

@@ -95,6 +95,7 @@ def finish_args(args, parser, argv):
         adapter = Path(args.adapter)
         args.out = str(adapter if adapter.is_dir() else adapter.parent)
     args.made_by = shlex.join(["python", parser.prog, *(sys.argv[1:] if argv is None else argv)])
+    args.sampling = dict(batch=args.batch, steps=args.steps, guidance=args.guidance)
     args.began = time.time()
 
 
@@ -158,10 +159,9 @@ def format_mean(r):
 
 
 def rate_cells(r):
-    """What rate_ci() or compare() returned, or None, as two cells: the rate and its interval."""
-    if not r or not r["n"]:
-        return ["-", "-"]
-    return [f"{r['rate' if 'rate' in r else 'win_rate']:.3f}", format_ci(r)]
+    """What rate_ci() or compare() returned as two cells, the rate and its interval."""
+    rate = r.get("rate", r.get("win_rate"))
+    return [f"{rate:.3f}", format_ci(r)] if r["n"] else ["-", "-"]
 
 
 def format_rate(r, with_n=False):
@@ -188,10 +188,9 @@ def report(args, result, table, images):
     results = read_results(args) | {args.command: dict(made=made) | result}
     content = json.dumps(results, indent=1) + "\n"
     utils.write_atomically(files[0], lambda temporary: temporary.write_text(content))
-    page = files[1].read_text() if files[1].exists() else ""
-    parts = re.split(r"^## (.*)\n\n", page, flags=re.MULTILINE)[1:]
-    sections = {name: text.rstrip("\n") for name, text in zip(parts[::2], parts[1::2], strict=True)}
-    sections[args.command] = table  # the others stay word for word
+    page = files[1].read_text().rstrip("\n") if files[1].exists() else ""
+    parts = re.split(r"\n*^## (.*)\n\n", page, flags=re.MULTILINE)[1:]  # kept word for word
+    sections = dict(zip(parts[::2], parts[1::2], strict=True)) | {args.command: table}
     text = "\n".join(f"## {name}\n\n{section}\n" for name, section in sections.items())
     utils.write_atomically(files[1], lambda temporary: temporary.write_text(text))
     for name, image in images.items():
@@ -243,15 +242,14 @@ def rows_by_id(data):
 
 def select_test_pairs(users, pairs, **counts):
     """A held-out pair of each of so many users, by hash: seen=n, unseen=n -> {kind: rows}."""
-    first = {}
-    for row in pairs:
-        first.setdefault((row["split"], row["user"]), row)
+    first = {(row["split"], row["user"]): row for row in reversed(pairs)}
     selected = {}
     for kind, n in counts.items():
         rows = [row for (split, _), row in first.items() if split == f"test-{kind}"]
         if len(rows) < 2:
-            problem = f"{len(rows)} {kind} users have a held-out pair; expected two or more"
-            raise InputError(f"--users {users}: {problem}")
+            raise InputError(
+                f"--users {users}: {len(rows)} {kind} users to test; expected 2 or more"
+            )
         selected[kind] = sorted(rows, key=lambda row: hash_fraction("evaluation", row["user"]))[:n]
     return selected
 
@@ -281,13 +279,12 @@ def load_profiles(args, users, names, data):
 # ------------------------------------------------------------------ Fig. 5: drawn users
 def evaluate_users(args):
     """Sec. 5.2: users whom the VLM read from four choices, seen and unseen, one held-out caption
-    each; win rate and mean true reward (from people.json, which nothing else reads) over the base.
-    Controls, for the unseen: another user's embedding, the zero user, and the true taste: how a
-    user of that taste looks to the VLM by a linear fit over the training users. The reverse fit,
-    from embedding to taste, tells how much of an unseen user's taste is in their embedding."""
+    each: win rate over the base, and mean true reward (by people.json, which nothing else reads).
+    Controls, for the unseen: another user's embedding, the zero user, and the true taste, as it
+    looks to the VLM by a linear fit over the training users. The reverse fit, from embedding to
+    taste, tells how much of an unseen user's taste is in their embedding."""
     adapter, users, pairs, settings = load_run(args)
-    data = Path(settings["data"])
-    tastes, words = load_true_tastes(data)
+    tastes, words = load_true_tastes(settings["data"])
     test_pairs = select_test_pairs(users, pairs, seen=args.n or 200, unseen=args.n or 200)
     names = {kind: [row["user"] for row in rows] for kind, rows in test_pairs.items()}
     captions = {kind: [row["caption"] for row in rows] for kind, rows in test_pairs.items()}
@@ -322,18 +319,16 @@ def evaluate_users(args):
     readout = ridge(train_embeddings, train_tastes)(own)
     cosine = torch.cosine_similarity(readout, tastes(names["unseen"]))
     result |= dict(readout=mean_ci(cosine.tolist()), fidelity=fidelity)
-    # the sheet: four users of each kind, what they like, and what the VLM says of them
-    shown = sorted(set(captions["unseen"]))[:8]
+    shown = sorted(set(captions["unseen"]))[:8]  # on the sheet, by four users of each kind
     sheet_users = names["seen"][:4] + names["unseen"][:4]
     embeddings = [None, *load_embeddings(adapter, users, sheet_users).split(1)]
     sheet = [generate_arm(args, base, shown, adapter, embedding) for embedding in embeddings]
-    profiles = load_profiles(args, users, sheet_users, data)
+    profiles = load_profiles(args, users, sheet_users, settings["data"])
     labels = ["base"]
     for name, likes, profile in zip(sheet_users, words(sheet_users), profiles, strict=True):
         kind = "seen" if name in names["seen"] else "unseen"
         labels.append(f"{name}, {kind}\nlikes {likes}\nVLM: {profile[:40]}")
-    grid = plots.image_grid(sheet, labels, shown)
-    report(args, result, people_table(result), dict(people=grid))
+    report(args, result, people_table(result), dict(people=plots.image_grid(sheet, labels, shown)))
 
 
 def generate_arm(args, base, captions, adapter, embeddings, desc=None, first=0):
@@ -341,8 +336,7 @@ def generate_arm(args, base, captions, adapter, embeddings, desc=None, first=0):
     all, (B, D), or None for the base. Every arm gets the same noise."""
     adapter.install(base.attention_layers())
     seeds = [args.seed + first + i for i in range(len(captions))]
-    sampling = dict(batch=args.batch, steps=args.steps, guidance=args.guidance)
-    return generate(base, captions, seeds, adapter, embeddings, desc=desc, **sampling)
+    return generate(base, captions, seeds, adapter, embeddings, desc=desc, **args.sampling)
 
 
 def people_table(result):
@@ -398,10 +392,9 @@ def train_baseline(args, adapter, name, users, **changes):
     is_there = (folder / "adapter.safetensors").exists()
     if is_there and (folder / "state.pt").exists():  # perhaps stopped on the way
         is_there = UserAdapter.load(folder).header["step"] >= expected["max_steps"]
-    if not is_there:
-        flags = to_flags(expected, expected)
+    if not is_there:  # at full scale train it beforehand, with torchrun
+        flags = to_flags(adapter.header | expected, ("base", "grid", *expected))
         flags += to_flags(vars(args), ("data", "decoder", "device"))
-        flags += to_flags(adapter.header, ("base", "grid"))
         flags += ["--users", users, "--out", folder, "--preview-every", 0, "--resume"]
         run_python("train.py", *flags)
     baseline = UserAdapter.load(folder)
@@ -416,20 +409,17 @@ def train_baseline(args, adapter, name, users, **changes):
 
 def load_reward_run(args, default_n):
     """An adapter for synthetic users -> it, their embeddings {name: (1, D)} in the order of the
-    one-hot vector, their folder and settings, and --n prompts. InputError if they are no rewards or
-    there is no prompt."""
+    one-hot vector, their folder and settings, and --n prompts; InputError of what is no reward."""
     adapter, users, pairs, settings = load_run(args)
     names = {row["user"] for row in pairs}
     unknown = sorted(names - world.WORDS.keys() - REWARDS.keys())
     if unknown:
-        advice = "give a folder made by embed.py --one-hot"
-        raise InputError(f"--users {users}: {unknown[0]!r} is no reward; {advice}")
+        raise InputError(f"--users {users}: {unknown[0]!r} is no reward, as of embed.py --one-hot")
     names = sorted(names, key=lambda name: load_user(users / f"{name}.pt")["embedding"].argmax())
     held_out = sorted({row["caption"] for row in pairs if row["split"].startswith("test")})
     captions = read_prompts(args.prompts) if args.prompts else held_out
     if not captions:
-        problem = "pairs.parquet has no held-out test caption; give --prompts"
-        raise InputError(f"--users {users}: {problem}")
+        raise InputError(f"--users {users}: pairs.parquet has no test caption; give --prompts")
     n = args.n or (len(captions) if args.prompts else default_n)
     prompts = [captions[i % len(captions)] for i in range(n)]
     vectors = {name: load_user_embedding(adapter, users / f"{name}.pt") for name in names}
@@ -459,10 +449,9 @@ def reward_arms(args, adapter, vectors, users, settings):
 
 
 def rewards(args):
-    """Sec. 5.1, Table 1, Fig. 3: synthetic users, each a reward; mean rewards and win rates on
-    --prompts or the held-out captions. With --baselines also Diffusion-DPO on users' own labels,
-    SFT that sees the user, and a Diffusion-DPO of its own for each reward, the upper bound. On the
-    drawn world also whether the caption's color and shape are there."""
+    """Sec. 5.1, Table 1, Fig. 3: synthetic users, each a reward: mean rewards and win rates, on the
+    drawn world also whether the caption's color and shape are there. With --baselines Diffusion-DPO
+    on users' own labels, SFT that sees the user, and a Diffusion-DPO for each reward alone too."""
     adapter, vectors, users, settings, prompts = load_reward_run(args, 200)
     names = list(vectors)
     is_drawn = names[0] in world.WORDS
@@ -480,20 +469,18 @@ def rewards(args):
             for name in names:
                 scores[method, arm, name] += score(name, images, part, str(base.device)).tolist()
             kept[method, arm] += world.fidelity(images, part) if is_drawn else []
-
     own = defaultdict(dict)  # scores of the images that a method makes for this very reward
     for (method, arm, name), values in scores.items():
         if arm in ("", name) and method != "zero user":
             own[method][name] = values
-    result = dict(table_1={}, figure_3={}, crossed={}, first={})
+    result = dict(table_1={}, figure_3={}, crossed={}, first={})  # first: for a test to do again
     for method, by_name in own.items():
         means = {name: mean_ci(values) for name, values in by_name.items()}
         if is_drawn:  # a prompt counts once
             per_prompt = np.mean([kept[key] for key in arms if key[0] == method], axis=0)
             means["fidelity"] = rate_ci(per_prompt)
         result["table_1"][method] = means
-        first = {name: np.round(values[:12], 3).tolist() for name, values in by_name.items()}
-        result["first"][method] = first  # for a test to score again
+        result["first"][method] = {k: np.round(v[:12], 3).tolist() for k, v in by_name.items()}
     others = [method for method in own if method != "PPD"]
     for name, ours in own["PPD"].items():
         result["figure_3"][name] = {m: compare(ours, own[m][name]) for m in others}
@@ -508,11 +495,9 @@ def rewards(args):
 
 def figure_3(wins):
     """PPD's win rates, {reward: {method: compare()}}, as bars."""
-    series = defaultdict(list)
-    for by_method in wins.values():
-        for method, r in by_method.items():
-            series[f"over {method}"].append((r["win_rate"], r["ci95"]))
-    return plots.draw_bars("PPD's win rate, with 95% intervals", list(wins), series)
+    methods = next(iter(wins.values()))
+    series = {f"over {method}": {name: wins[name][method] for name in wins} for method in methods}
+    return plots.draw_bars("PPD's win rate, with 95% intervals", series)
 
 
 def rewards_table(result):
@@ -535,8 +520,7 @@ def rewards_table(result):
 
 # ------------------------------------------------------- Fig. 5: a judge in the user's place
 def query_judge(client, args, text, images):
-    """An OpenAI-compatible endpoint's answer to a prompt with one <image> an image; InputError if
-    there is none."""
+    """An OpenAI-compatible endpoint's answer to a prompt with one <image> an image; InputError."""
     words, *others = text.split("<image>")
     content = [dict(type="text", text=words)]
     for image, words in zip(images, others, strict=True):
@@ -632,14 +616,13 @@ def judge(args):
     pending = [(kind, row) for kind, row in cases if (kind, row["user"]) not in done]
     ask = load_judge(args) if pending else None
     sheet = []
-    sampling = dict(batch=args.batch, steps=args.steps, guidance=args.guidance)
     for i in tqdm(range(0, len(pending), args.batch), desc="judging", disable=None):
         chunk = pending[i : i + args.batch]
         captions = [row["caption"] for _, row in chunk]
         noise = [seeds[kind, row["user"]] for kind, row in chunk]
         embeddings = load_embeddings(adapter, users, [row["user"] for _, row in chunk])
-        theirs = generate(base, captions, noise, **sampling)
-        ours = generate(base, captions, noise, adapter, embeddings, **sampling)
+        theirs = generate(base, captions, noise, **args.sampling)
+        ours = generate(base, captions, noise, adapter, embeddings, **args.sampling)
         for k, (kind, row) in enumerate(chunk):
             try:
                 shots = load_shots(data, rows(load_user(users / f"{row['user']}.pt")["shots"][0]))
@@ -660,7 +643,15 @@ def judge(args):
             utils.append_line(journal, json.dumps(line))
             if len(sheet) < 8:
                 sheet.append((f"{row['user']}\n{kind}: {line['pictures']}", theirs[k], ours[k]))
-    result = summarize_journal(args.judge, list(done.values()), is_drawn)
+    result = dict(judge=args.judge, people={}, accuracy=None)
+    truth = {}
+    for kind in ("seen", "unseen", "all"):
+        lines = [line for line in done.values() if kind in (line["kind"], "all")]
+        result["people"][kind] = summarize_verdicts([line["pictures"] for line in lines])
+        if is_drawn:
+            truth[kind] = rate_ci([line["truth"] for line in lines])
+    result["accuracy"] = summarize_verdicts([line["real"] for line in done.values()])
+    result |= dict(truth=truth) if is_drawn else {}
     images = {}  # if nothing was left to judge the sheet is there already
     if sheet:
         labels, *arms = zip(*sheet, strict=True)
@@ -670,28 +661,11 @@ def judge(args):
     report(args, result, judge_table(result), images)
 
 
-def summarize_journal(judge_name, lines, is_drawn):
-    result = dict(judge=judge_name, people={}, accuracy=None)
-    result |= dict(truth={}) if is_drawn else {}
-    for kind in ("seen", "unseen", "all"):
-        part = [line for line in lines if kind in (line["kind"], "all")]
-        result["people"][kind] = summarize_verdicts([line["pictures"] for line in part])
-        if is_drawn:
-            result["truth"][kind] = rate_ci([line["truth"] for line in part])
-    result["accuracy"] = summarize_verdicts([line["real"] for line in lines])
-    return result
-
-
 def figure_5(result):
     """Win rates over the base by the judge, and by the true taste where it is known, as bars."""
-    judged = f"by the judge, {Path(result['judge']).name}"
-    arms = {"by the true taste": result.get("truth", {}), judged: result["people"]}
-    series = {}
-    for arm, by_kind in arms.items():
-        if by_kind:
-            series[arm] = [(r["rate"], r["ci95"]) for r in by_kind.values()]
-    title = "Win rate over the base, with 95% intervals"
-    return plots.draw_bars(title, list(result["people"]), series)
+    series = {"by the true taste": result["truth"]} if "truth" in result else {}
+    series[f"by the judge, {Path(result['judge']).name}"] = result["people"]
+    return plots.draw_bars("Win rate over the base, with 95% intervals", series)
 
 
 def judge_table(result):

@@ -18,9 +18,9 @@ import evaluate
 import plots
 from data import hash_fraction, image_ids, load_shots, load_user, read_pairs
 from rewards import REWARDS, score
-from sample import generate, load_base_for, load_user_embedding
+from sample import load_base_for, load_user_embedding
 from tiny import world
-from utils import InputError, make_parser, read_json, run_script
+from utils import InputError, make_parser, run_script
 
 TOP_K = (1, 2, 4, 8, 16)
 
@@ -40,15 +40,15 @@ def parse_args(argv=None):
         args.adapter = args.adapter or "runs/ppd"
     if args.command == "profiles" and not args.baselines:
         parser.error("profiles wants --baselines FOLDER, for its Diffusion-DPO in the run dpo")
-    evaluate.check_args(args, parser.error)
-    return evaluate.finish_args(args, parser, argv)
+    evaluate.finish_args(args, parser, argv)
+    return args
 
 
 # ------------------------------------------------ Fig. 4: between three rewards (Sec. 5.1)
 def interpolate(args):
     """Fig. 4: weights of three rewards, 11 along each edge and the corners of a grid of fifths
     inside; the mean score of --n images each, with the same captions and noise everywhere."""
-    adapter, vectors, _, _, prompts, seeds = evaluate.load_reward_run(args, 64)
+    adapter, vectors, _, _, prompts = evaluate.load_reward_run(args, 64)
     names = list(vectors)
     if len(names) != 3:
         raise InputError(f"--adapter {args.adapter}: {len(names)} rewards; the simplex wants three")
@@ -57,34 +57,21 @@ def interpolate(args):
     scores, images = {}, {}
     for point in tqdm(simplex_points(), desc="weights", disable=None):
         blend = sum(w / 10 * vectors[name] for w, name in zip(point, names, strict=True))
-        made = generate(
-            base,
-            prompts,
-            seeds,
-            adapter,
-            blend,
-            args.batch,
-            steps=args.steps,
-            guidance=args.guidance,
-        )
-        by_reward = [score(name, made, prompts, str(base.device)) for name in names]
-        scores[point] = np.stack(by_reward)  # (3, n)
+        made = evaluate.generate_arm(args, base, prompts, adapter, blend)
+        scores[point] = [score(name, made, prompts, str(base.device)) for name in names]
         images[point] = made[shown]
-
-    edges = []
+    result = dict(edges=[], map=[])
     for a, b in itertools.combinations(range(3), 2):
-        points = [edge_point(a, b, w) for w in range(11)]
-        for k, weights in ((a, np.arange(10, -1, -1)), (b, np.arange(11))):
+        points = sorted((p for p in scores if p[a] + p[b] == 10), key=lambda p: p[b])
+        for k in (a, b):
             along = np.stack([scores[point][k] for point in points])
             means = [evaluate.mean_ci(row) for row in along]
             edge = dict(edge=[names[a], names[b]], reward=names[k], means=means)
-            edges.append(edge | spearman(weights, along))
-    simplex = []
+            result["edges"].append(edge | spearman([point[k] for point in points], along))
     for point, values in scores.items():
-        weights = dict(zip(names, (np.array(point) / 10).tolist(), strict=True))
-        means = {name: evaluate.mean_ci(values[k]) for k, name in enumerate(names)}
-        simplex.append(dict(weights=weights, means=means))
-    result = dict(edges=edges, map=simplex)
+        weights = {name: w / 10 for name, w in zip(names, point, strict=True)}
+        means = {name: evaluate.mean_ci(v) for name, v in zip(names, values, strict=True)}
+        result["map"].append(dict(weights=weights, means=means))
     figure = figure_4(result, f'"{prompts[shown]}", by weights', images)
     evaluate.report(args, result, interpolate_table(result), dict(figure_4=figure))
 
@@ -95,19 +82,12 @@ def simplex_points():
     return [p for p in points if 0 in p or not (p[0] % 2 or p[1] % 2)]
 
 
-def edge_point(a, b, w):
-    """The point of weight w / 10 for b and the rest for a."""
-    point = [0, 0, 0]
-    point[a], point[b] = 10 - w, w
-    return tuple(point)
-
-
 def spearman(weights, scores):
     """Rank correlation of weights (W,) with the mean of scores (W, prompts) over prompts, 0 where
     those are constant, and its 95% bootstrap interval over prompts."""
 
     def ranks(x):  # ties share their average rank
-        return np.array([(x < v).sum() + (x == v).sum() / 2 for v in x])
+        return [np.less(x, v).sum() + np.equal(x, v).sum() / 2 for v in x]
 
     def correlation(means):
         if np.ptp(means) == 0:
@@ -135,18 +115,15 @@ def figure_4(result, title, images):
     for axis, name in zip((axes[1], axes[4], axes[5]), names, strict=True):
         values = {point: by_name[name] for point, by_name in means.items()}
         plots.draw_simplex(axis, f"mean {name}", names, values)
-    edges = result["edges"]
     ticks = [f"{w / 10:g}" for w in range(11)]
-    pairs = zip(edges[::2], edges[1::2], strict=True)
+    pairs = zip(result["edges"][::2], result["edges"][1::2], strict=True)
     for axis, pair in zip((axes[2], axes[3], axes[6]), pairs, strict=True):
         series = {}
         for edge in pair:
-            line = [(m["mean"], m["ci95"]) for m in edge["means"]]
+            line = [[m["mean"], *m["ci95"]] for m in edge["means"]]
             if edge["reward"] in REWARDS:  # in units of their own: here in deviations
-                every = np.array(
-                    [entry["means"][edge["reward"]]["mean"] for entry in result["map"]]
-                )
-                line = [tuple((np.array(v) - every.mean()) / every.std()) for v, _ in line]
+                every = [entry["means"][edge["reward"]]["mean"] for entry in result["map"]]
+                line = (np.array(line) - np.mean(every)) / np.std(every)
             series[edge["reward"]] = line
         a, b = pair[0]["edge"]
         plots.draw_lines(axis, f"from {a} to {b}", ticks, series, "mean score")
@@ -158,16 +135,9 @@ def interpolate_table(result):
     header = ["edge", "score", "Spearman of its weight and its mean", "95%", "n"]
     rows = []
     for e in result["edges"]:
-        ends = [e["means"][0], e["means"][-1]]
-        if e["reward"] == e["edge"][0]:
-            ends.reverse()
-        numbers = [
-            f"{e['spearman']:.3f}",
-            evaluate.format_ci(e),
-            e["n"],
-            *map(evaluate.format_mean, ends),
-        ]
-        rows.append([" to ".join(e["edge"]), e["reward"], *numbers])
+        row = [" to ".join(e["edge"]), e["reward"], f"{e['spearman']:.3f}", evaluate.format_ci(e)]
+        ends = e["means"][::10] if e["reward"] == e["edge"][1] else e["means"][::-10]  # of the 11
+        rows.append([*row, e["n"], *map(evaluate.format_mean, ends)])
     return evaluate.markdown_table([*header, "mean at weight 0", "at 1"], rows)
 
 
@@ -181,17 +151,17 @@ def classify(args):
     also two ceilings, as few distinct tastes exist. Captions may recur among a user's groups: on
     real data that tells users apart too.
     """
+    evaluate.read_results(args)
     users = Path(args.users)
     pairs, settings = read_pairs(users)
     data = Path(args.data or settings["data"])
     rows = evaluate.rows_by_id(data)
     train_groups = select_users(args, users, pairs, rows)
     names = list(train_groups)
-    n_groups = sum(len(groups) for groups in train_groups.values())
+    n_groups = sum(map(len, train_groups.values()))
     result = dict(people=len(names), groups=n_groups, states={})
-    print(
-        f"{len(names)} users; {n_groups} groups to train on, one each to choose the epoch, to test"
-    )
+    split = f"{n_groups} groups to train on, one each to choose the epoch, to test"
+    print(f"{len(names)} users; {split}")
     for kind, folder in (("prompt", users), ("profile", args.profile_users)):
         if folder:
             files = [load_user(Path(folder) / f"{name}.pt") for name in names]
@@ -206,14 +176,15 @@ def classify(args):
 
 
 def select_users(args, users, pairs, rows):
-    """{user: groups to train on} of --n users with ten groups or more, by hash."""
+    """{user: groups to train on} of --n users with ten groups or more, by hash. InputError if there
+    are not 20."""
     train_groups = {}
     names = {row["user"] for row in pairs}
     for name in sorted(names, key=lambda name: hash_fraction("classify", name)):
         groups = load_user(users / f"{name}.pt")["shots"]
         if len(groups) < 10:
             continue
-        shown = [set().union(*(image_ids(row) for row in rows(group))) for group in groups]
+        shown = [set().union(*map(image_ids, rows(group))) for group in groups]
         if shown[0] & shown[1]:
             continue
         clean = [g for g in range(2, len(groups)) if not shown[g] & (shown[0] | shown[1])]
@@ -222,10 +193,8 @@ def select_users(args, users, pairs, rows):
         if len(train_groups) == (args.n or 300):
             break
     if len(train_groups) < 20:
-        raise InputError(
-            f"--users {users}: {len(train_groups)} users with ten groups or more; expected at "
-            f"least 20. Embed with --groups 20 --layer all"
-        )
+        problem = f"{len(train_groups)} users with ten groups or more; expected at least 20"
+        raise InputError(f"--users {users}: {problem}. Embed with --groups 20 --layer all")
     return train_groups
 
 
@@ -233,10 +202,8 @@ def check_same_shots(kind, folder, users, names, files):
     for name, file in zip(names, files, strict=True):
         same = file["shots"] == load_user(users / f"{name}.pt")["shots"]
         if not same or bool(file["profile"]) != (kind == "profile"):
-            raise InputError(
-                f"{Path(folder) / name}.pt: expected a user read after the {kind} from the same "
-                f"choices as in {users}"
-            )
+            expected = f"expected a user read after the {kind} from the same choices as in {users}"
+            raise InputError(f"{Path(folder) / name}.pt: {expected}")
 
 
 def rank_by_layer(kind, files, train_groups, seed):
@@ -260,16 +227,11 @@ def classifier(x, owners, validation, test, seed, epochs=60):
     torch.manual_seed(seed)
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
     x, validation, test = ((v - mean) / std for v in (x, validation, test))
-    mlp = nn.Sequential(
-        nn.Linear(x.shape[1], 256),
-        nn.GELU(),
-        nn.LayerNorm(256),
-        nn.Dropout(0.3),
-        nn.Linear(256, len(test)),
-    )
+    hidden = [nn.Linear(x.shape[1], 256), nn.GELU(), nn.LayerNorm(256), nn.Dropout(0.3)]
+    mlp = nn.Sequential(*hidden, nn.Linear(256, len(test)))
     optimizer = torch.optim.AdamW(mlp.parameters(), lr=1e-3, weight_decay=1e-2)
     own = torch.arange(len(test))
-    best_loss, best_ranks = math.inf, None
+    best_loss = math.inf
     for _ in range(epochs):
         mlp.train()
         for batch in torch.randperm(len(x)).split(64):
@@ -281,8 +243,8 @@ def classifier(x, owners, validation, test, seed, epochs=60):
         with torch.no_grad():
             loss = nn.functional.cross_entropy(mlp(validation), own).item()
             if loss < best_loss:
-                logits = mlp(test)
                 best_loss = loss
+                logits = mlp(test)
                 best_ranks = (logits > logits[own, own][:, None]).sum(1)
     return best_ranks
 
@@ -317,13 +279,10 @@ def figure_2(result):
     for kind in ("prompt", "profile"):
         rows = [row for name, row in result["states"].items() if name.startswith(kind)]
         if rows:
-            last = rows[-1]
-            by_k[f"{kind}, last layer"] = [
-                (last[str(k)]["rate"], last[str(k)]["ci95"]) for k in TOP_K
-            ]
-            by_layer[f"after the {kind}"] = [(row["16"]["rate"], row["16"]["ci95"]) for row in rows]
+            by_k[f"{kind}, last layer"] = [(r["rate"], *r["ci95"]) for r in rows[-1].values()]
+            by_layer[f"after the {kind}"] = [(r["16"]["rate"], *r["16"]["ci95"]) for r in rows]
     for name, row in result.get("ceilings", {}).items():
-        by_k[name] = [row[str(k)]["rate"] for k in TOP_K]
+        by_k[name] = [r["rate"] for r in row.values()]
     by_k["chance"] = list(result["chance"].values())
     n_layers = len(by_layer["after the prompt"])
     by_layer["chance"] = [result["chance"]["16"]] * n_layers
@@ -347,15 +306,13 @@ def classify_table(result):
 def profiles(args):
     """Fig. 6: the profile that the VLM writes of unseen users, appended to the caption, against
     PPD: base, Diffusion-DPO (in --baselines), both again with the profile, PPD; one held-out
-        caption a user.
-    Win rate and true reward where the truth is known, and how much of the caption is kept: its
-    color and shape on the drawn world, else the CLIP score."""
+    caption a user. Win rate and true reward where the truth is known, and how much of the caption
+    is kept: its color and shape on the drawn world, else the CLIP score."""
     adapter, users, pairs, settings = evaluate.load_run(args)
     data = Path(settings["data"])
     rows = evaluate.select_test_pairs(users, pairs, unseen=args.n or 200)["unseen"]
     names = [row["user"] for row in rows]
     captions = [row["caption"] for row in rows]
-    seeds = [args.seed + i for i in range(len(rows))]
     written = evaluate.load_profiles(args, users, names, data)
     with_profile = [f"{c}, {text}" for c, text in zip(captions, written, strict=True)]
     dpo = evaluate.train_baseline(args, adapter, "dpo", users, objective="dpo")
@@ -374,18 +331,7 @@ def profiles(args):
     }
     images = {}
     for arm, (prompts, arm_adapter, user) in arms.items():
-        arm_adapter.install(base.attention_layers())
-        images[arm] = generate(
-            base,
-            prompts,
-            seeds,
-            arm_adapter,
-            user,
-            args.batch,
-            arm,
-            steps=args.steps,
-            guidance=args.guidance,
-        )
+        images[arm] = evaluate.generate_arm(args, base, prompts, arm_adapter, user, arm)
     likes = [""] * len(names)
     result = dict(arms={})
     if (data / "people.json").is_file():
@@ -394,9 +340,8 @@ def profiles(args):
         scores = {arm: world.utility(tastes(names).numpy(), images[arm]) for arm in arms}
         for arm in arms:
             kept = evaluate.rate_ci(world.fidelity(images[arm], captions))
-            result["arms"][arm] = evaluate.compare(scores[arm], scores["base"]) | dict(
-                fidelity=kept
-            )
+            won = evaluate.compare(scores[arm], scores["base"])
+            result["arms"][arm] = won | dict(fidelity=kept)
         others = [arm for arm in arms if arm != "PPD"]
         result["over"] = {arm: evaluate.compare(scores["PPD"], scores[arm]) for arm in others}
     else:
@@ -415,17 +360,14 @@ def profiles_table(result):
     if "over" not in result:
         rows = [[arm, evaluate.format_mean(r["clip"])] for arm, r in result["arms"].items()]
         return evaluate.markdown_table(["method", "CLIP score with the caption"], rows)
-    header = ["method", "win rate over base", "95%", "true reward", "colour and shape", "95%"]
+    header = ["method", "win rate over base", "95%", "true reward", "color and shape", "95%"]
     header += ["PPD's win rate over it", "95%", "n"]
     rows = []
     for arm, r in result["arms"].items():
-        won, lost = r if arm != "base" else None, result["over"].get(arm)
-        cells = [
-            [f"{x['win_rate']:.3f}", evaluate.format_ci(x)] if x else ["-", "-"]
-            for x in (won, lost)
-        ]
-        kept = [f"{r['fidelity']['rate']:.3f}", evaluate.format_ci(r["fidelity"])]
-        rows.append([arm, *cells[0], f"{r['mean']:+.2f}", *kept, *cells[1], r["n"]])
+        won = evaluate.rate_cells(r if arm != "base" else dict(n=0))
+        kept = evaluate.rate_cells(r["fidelity"])
+        lost = evaluate.rate_cells(result["over"].get(arm, dict(n=0)))
+        rows.append([arm, *won, f"{r['mean']:+.2f}", *kept, *lost, r["n"]])
     return evaluate.markdown_table(header, rows)
 
 
@@ -434,14 +376,7 @@ EXPERIMENTS = dict(interpolate=interpolate, classify=classify, profiles=profiles
 
 def main(argv=None):
     args = parse_args(argv)
-    path = Path(args.out) / "evaluation.json"
-
-    def run(args):
-        if path.exists():
-            read_json(path)  # a broken one is better known now than after the work
-        EXPERIMENTS[args.command](args)
-
-    run_script("experiments.py", run, args)
+    run_script("experiments.py", EXPERIMENTS[args.command], args)
 
 
 if __name__ == "__main__":

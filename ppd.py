@@ -12,8 +12,8 @@ reference model is the same network with the user branch off, so there is no sec
     with adapter.user(adapter(user)):             # the user is set inside this block only
         noise_pred = base.predict(x_t, t, *base.encode_prompts(["a red star"]))
 
-Read in this order: UserAdapter, UserAttnProcessor, ppd_loss; then train.micro_step, which calls
-them. Equation and section numbers are the paper's, https://arxiv.org/abs/2501.06655.
+Read in this order: UserAdapter, UserAttnProcessor, ppd_loss; then train.micro_step, where they
+meet. Equation and section numbers are the paper's, https://arxiv.org/abs/2501.06655.
 """
 
 import contextlib
@@ -33,13 +33,12 @@ from utils import InputError, first_line, read_safetensors, write_atomically
 class UserAdapter(nn.Module):
     """User embedding u -> user tokens -> K' and V' of every attention layer (Eq. 7).
 
-    u is standardized, projected to a few tokens and normalized, as IP-Adapter does with an image
-    embedding; every layer then has its own W'_k and W'_v. V' starts at zero, so a new adapter
+    u is standardized, projected to a few tokens and layer-normalized, as IP-Adapter does with an
+    image embedding; every layer then has its own W'_k and W'_v. V' starts at zero, so a new adapter
     changes nothing and the first loss is ln 2. One token would leave K' without a gradient (a
     softmax over one key is 1 whatever the key), hence several. The projector has biases, so the
-    zero user (the *mean* user, where embeddings are standardized; no reward at all, where they are
-    one-hot) has tokens of its own and learns the population's taste; the reference is no tokens at
-    all, not zero.
+    zero user (u = 0: the *mean* user, where embeddings are standardized) has tokens of its own and
+    learns the population's taste. The reference sees no user term at all, not the zero user.
 
     user_dim: D, width of the user embedding
     channels: width of each attention layer, in the network's own order
@@ -71,28 +70,24 @@ class UserAdapter(nn.Module):
         self.mean.copy_(embeddings.mean(0))
         self.std.copy_(embeddings.std(0, correction=0).clamp(min=1e-6))
 
-    def normalize(self, embedding):
+    def standardize(self, embedding):
         """Raw (B, D) -> (B, D) in the training users' standard deviations from their mean. All
         users' VLM states share a large mean component; subtract it before blending users."""
         return (embedding - self.mean) / self.std
 
-    def forward(self, embedding, drop=None, normalized=False):
-        """User embeddings (B, D), raw or `normalized` already -> user tokens (B, L, d). drop: (B,)
-        bool, True = the zero user (Sec. 4.3's random drop), or None."""
-        u = embedding if normalized else self.normalize(embedding)
+    def forward(self, embedding, drop=None, standardized=False):
+        """User embeddings (B, D), raw or `standardized` already -> user tokens (B, L, d). drop:
+        (B,) bool, True = the zero user (Sec. 4.3's random drop), or None."""
+        u = embedding if standardized else self.standardize(embedding)
         if drop is not None:
             u = u.masked_fill(drop[:, None], 0)
         tokens = einops.rearrange(self.project(u), "b (l d) -> b l d", l=self.n_tokens)
         return self.norm(tokens)
 
-    def zero_user(self, batch=1):
-        """Tokens of the zero user, (batch, L, d)."""
-        return self(self.mean.expand(batch, -1))
-
     @contextlib.contextmanager
     def user(self, tokens, scale=1.0):
-        """Inside the block the base is the policy: conditioned on these users. Keep backward inside
-        too: activation checkpointing reads the user again there.
+        """Inside the block the base is the policy: every UserAttnProcessor reads these tokens. Keep
+        backward inside too: activation checkpointing reads them again there.
 
         tokens: (B, L, d), for a batch of B rows, or of r x B rows in r equal parts
         scale: multiplies the user term of Eq. 7
@@ -107,14 +102,17 @@ class UserAdapter(nn.Module):
 
     @contextlib.contextmanager
     def reference(self, tokens):
-        """Inside the block the base is the reference: the same network, user branch off, without
-        gradient. When compiled, graphs with and without a user would round differently and the
-        first loss would miss ln 2: there the reference is the policy's own graph with these tokens
-        and the user term weighed 0, so detach what it gives."""
+        """Inside the block the base is the reference: the same network without the user term.
+
+        tokens: the policy's, used only if compiled. Graphs with and without a user would round
+        differently then, and the first loss would miss ln 2: so the reference runs the policy's
+        own graph, gradient and all, with the user term times 0. Detach what it gives.
+        """
         if self.compiled:
             with self.user(tokens, scale=0.0):
                 yield
         else:
+            self.user_condition = None
             with torch.no_grad():
                 yield
 
@@ -187,12 +185,12 @@ class UserAttnProcessor:
         """What a diffusers attention processor takes and gives.
 
         attn: the layer, for its projections and number of heads
-        hidden_states: (B, C, H, W), the image's positions, which ask
-        encoder_hidden_states: (B, N, C), what is attended to; in Stage C the image's own positions
+        hidden_states: (R, C, H, W), the positions of R images, which ask
+        encoder_hidden_states: (R, N, C), what is attended to; in Stage C the image's own positions
             and the text together, so this one softmax is self- and text cross-attention
         attention_mask: never given by Stage C
         """
-        b, c, h, w = hidden_states.shape
+        n_images, _, h, _ = hidden_states.shape
         x = einops.rearrange(hidden_states, "b c h w -> b (h w) c")
 
         def split_heads(projected):  # (B, N, C) -> (B, heads, N, C / heads)
@@ -205,9 +203,10 @@ class UserAttnProcessor:
 
         if self.adapter.user_condition is not None:
             tokens, scale = self.adapter.user_condition
-            user_k = split_heads(self.to_k(tokens)).to(q.dtype)  # K' = u_t W'_k; the adapter is
-            user_v = split_heads(self.to_v(tokens)).to(q.dtype)  # float32, the base may not be
-            r = b // len(tokens)  # one row of tokens serves both images of a pair, or of guidance
+            # K' and V', cast because the adapter is float32 and the base may not be
+            user_k = split_heads(self.to_k(tokens)).to(q.dtype)
+            user_v = split_heads(self.to_v(tokens)).to(q.dtype)
+            r = n_images // len(tokens)  # one user for both images of a pair, or halves of guidance
             user_k, user_v = user_k.repeat(r, 1, 1, 1), user_v.repeat(r, 1, 1, 1)
             out = out + scale * F.scaled_dot_product_attention(q, user_k, user_v)
 
@@ -228,15 +227,16 @@ def denoising_error(pred, target):
 
 
 def ppd_loss(pred, pred_ref, target, beta, T=1000):
-    """Eq. 6 for B pairs: -log sigmoid(-beta T Delta), omega being 1. With a policy that sees no
-    user it is Eq. 3, Diffusion-DPO:
+    """Eq. 6 for B pairs, omega being 1: -log sigmoid(-beta T Delta), where Delta is how much more
+    the error fell below the reference's on the dispreferred image than on the preferred one. With
+    one constant user for everybody it is Eq. 3, Diffusion-DPO:
     https://github.com/SalesforceAIResearch/DiffusionDPO/blob/main/train.py.
 
     pred: (2B, C, H, W), the policy's prediction eps_theta(x_t, c, u, t): the B preferred images
         first, then the B dispreferred ones in the same order
     pred_ref: (2B, C, H, W), the reference's, eps_ref(x_t, c, t), without gradient
     target: (2B, C, H, W), the noise that was added
-    beta: strength of the KL constraint. The paper's norm is a sum, ours a mean: with it and
+    beta: strength of the KL constraint. The paper's norm is a sum, ours a mean: with the mean and
         T = 1000, beta = 1 is beta_dpo = 2000 of Diffusion-DPO's code
 
     Returns the losses (B,), not yet averaged, and (B,) tensors without gradient to log: the errors

@@ -52,7 +52,6 @@ OPEN_CLIP_NAMES = {
 }
 
 
-# ------------------------------------------------------------------------------ models
 def from_open_clip(state):
     """State dict of an open_clip CLIP, as HPS is published -> of transformers' CLIPModel."""
     converted = {}
@@ -112,7 +111,6 @@ def load_aesthetic_head(device):
     return head
 
 
-# ------------------------------------------------------------------------------ scores
 @torch.no_grad()
 def score(name, images, captions, device="cpu", batch=64):
     """Reward of PIL images for their captions, (B,) floats, as in Table 1: 100 x cosine for CLIP,
@@ -191,7 +189,6 @@ def score_chunk(data, names, rows, device):
     return scores
 
 
-# --------------------------------------------------------------- synthetic users (Sec. 5.1)
 def make_synthetic_users(args, rows, settings):
     """Every kept pair once per reward, relabeled by it (by "own": not at all); u is the reward's
     one-hot vector. A pair with a broken image is named and skipped, one of equal scores is counted

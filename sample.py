@@ -137,7 +137,7 @@ def load_user_embedding(adapter, name, group=0):
         raise InputError(f"{name}: read by {embedding_source(user)}, but {trained} {details}")
     if not 0 <= group < len(embedding):
         raise InputError(f"--group {group}: {name} has groups 0 to {len(embedding) - 1}")
-    return adapter.normalize(embedding[group, -1:].to(adapter.mean))
+    return adapter.standardize(embedding[group, -1:].to(adapter.mean))
 
 
 # ------------------------------------------------------------------------------- images
@@ -151,7 +151,7 @@ def generate(base, prompts, seeds, adapter=None, user=None, batch=32, desc=None,
     images = []
     tokens = None
     if user is not None:
-        tokens = adapter(user.to(base.device), normalized=True).expand(len(prompts), -1, -1)
+        tokens = adapter(user.to(base.device), standardized=True).expand(len(prompts), -1, -1)
     starts = range(0, len(prompts), batch)
     for i in tqdm(starts, desc=desc, disable=None if desc else True, leave=False):
         part = slice(i, i + batch)

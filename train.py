@@ -36,7 +36,7 @@ from utils import InputError
 
 # Defaults by base and kind of users; every one is a flag. batch: pairs a step, over all GPUs
 # together; micro: pairs a GPU holds at once, the rest is accumulated; t_min: timesteps are from
-# [t_min, 1] (on the tiny base a pair's difference drowns in the noise of its gradient below 0.85);
+# [t_min, 1] (below 0.85 the tiny base's gradient is mostly noise);
 # max_steps: None is one epoch; warmup: steps; tokens, token_dim: user tokens and their width
 TINY = dict(batch=32, micro=32, lr=1e-3, beta=1.0, t_min=0.85, max_steps=400, decay="cosine")
 TINY |= dict(warmup=20, tokens=4, token_dim=64)
@@ -76,9 +76,14 @@ def parse_args(argv=None):
     add("--micro", type=int, help="pairs a GPU holds at once " + by_base("micro"))
     add("--lr", type=float, help="of AdamW " + by_base("lr"))
     add("--warmup", type=int, help="steps of linear warm-up " + by_base("warmup"))
-    add("--decay", choices=("constant", "cosine"), help="after warm-up " + by_base("decay"))
+    add("--decay", choices=("constant", "cosine"), help="of the rate " + by_base("decay"))
     add("--clip", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
-    add("--user-drop", type=float, default=0.1, help="share of users zeroed (default: %(default)s)")
+    add(
+        "--user-drop",
+        type=float,
+        default=0.1,
+        help="share of pairs without user (default: %(default)s)",
+    )
     add("--noise", choices=("shared", "separate"), default="shared", help="of a pair's images")
     add("--tokens", type=int, help="user tokens " + by_base("tokens"))
     add("--token-dim", type=int, help="their width " + by_base("token_dim"))
@@ -124,8 +129,8 @@ def check_args(args, error):
             if value is not None and not is_good(value):
                 error(f"{utils.flag(key)} {value}: expected {expected}")
 
-    counts = "batch micro max_steps save_every log_every tokens token_dim grid"
-    check(counts, lambda v: v >= 1, "1 or more")
+    check("batch micro max_steps save_every log_every", lambda v: v >= 1, "1 or more")
+    check("tokens token_dim grid", lambda v: v >= 1, "1 or more")
     check("seed workers warmup preview_every", lambda v: v >= 0, "0 or more")
     check("beta lr clip", lambda v: 0 < v < math.inf, "a number above 0")
     check("t_min", lambda v: 0 < v < 1, "a timestep in (0, 1)")
@@ -133,23 +138,32 @@ def check_args(args, error):
     together = args.micro * utils.rank_and_world()[1]
     if args.batch % together:
         error(f"--batch {args.batch}: expected a multiple of --micro x processes = {together}")
+    if args.bias_free and args.objective == "dpo":
+        error("--objective dpo --bias-free: its zero user is the base, there is nothing to train")
     if not args.resume and (Path(args.out) / "state.pt").exists():
         error(f"--out {args.out} holds a run already: add --resume, or choose another folder")
+
+
+def to_device(batch, device):
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
 # ----------------------------------------------------------------------- one micro-step
 def micro_step(base, adapter, batch, beta, user_drop=0.0, pairs_a_step=None):
     """Eq. 6 on a micro-batch of B pairs, and its gradient.
 
-    batch: see data.collate; user_drop: share of users zeroed, 1 for Diffusion-DPO (Eq. 3)
+    batch: see data.collate
+    user_drop: share of pairs whose user is zeroed; 1 makes it Diffusion-DPO (Eq. 3)
     pairs_a_step: what the sum of the losses is divided by for backward; None: no backward
     Returns the losses (B,) and (B,) tensors to log. Nothing here waits for the GPU.
     """
-    x_t, t, target, conditions, user_tokens = prepare(base, adapter, batch, user_drop)
-    # the reference model: the same network, user branch off, no gradient
+    batch = to_device(batch, base.device)
+    x_t, t, target, conditions = add_noise(base, batch)
+    user_tokens = adapter(batch["user"], drop=batch["drop_draw"] < user_drop)  # one user a pair
+    # the reference model: the same network without the user term, no gradient
     with adapter.reference(user_tokens):
         pred_ref = base.predict(x_t, t, *conditions).detach()
-    # the policy: the same network, conditioned on the user
+    # the policy: the same network; every attention layer reads the user's tokens
     with adapter.user(user_tokens):
         pred = base.predict(x_t, t, *conditions)
         losses, log = ppd_loss(pred, pred_ref, target, beta)
@@ -160,34 +174,30 @@ def micro_step(base, adapter, batch, beta, user_drop=0.0, pairs_a_step=None):
 
 def sft_micro_step(base, adapter, batch, user_drop=0.0, pairs_a_step=None):
     """The SFT baseline: Eq. 1 on the preferred images, given the user; else as micro_step."""
-    x_t, t, target, conditions, user_tokens = prepare(base, adapter, batch, user_drop, 1)
-    with adapter.user(user_tokens):
+    batch = to_device(batch, base.device)
+    x_t, t, target, conditions = add_noise(base, batch, images_per_pair=1)
+    with adapter.user(adapter(batch["user"], drop=batch["drop_draw"] < user_drop)):
         losses = denoising_error(base.predict(x_t, t, *conditions), target)
         if pairs_a_step:
             (losses.sum() / pairs_a_step).backward()
     return losses.detach(), dict(error_preferred=losses.detach())
 
 
-def prepare(base, adapter, batch, user_drop, images_per_pair=2):
-    """A micro-batch of B pairs on the device: x_t and target (2B, C, h, w), t (2B,), conditions,
-    all with the preferred first, and user tokens (B, L, d), which serve both halves."""
-    batch = {key: value.to(base.device, non_blocking=True) for key, value in batch.items()}
+def add_noise(base, batch, images_per_pair=2):
+    """A micro-batch's x_t and target (2B, C, h, w), t (2B,) and conditions, the preferred first;
+    with images_per_pair=1 of the preferred images alone, (B, ...)."""
     n = images_per_pair * len(batch["t"])
     images = batch["images"][:n]
-    latents = base.encode_pixels(images) if images.dtype == torch.uint8 else images
-    noise = batch["noise"][:n].to(adapter.mean.dtype)
+    latents = base.encode_pixels(images) if images.dtype == torch.uint8 else images  # or cached
+    noise = batch["noise"][:n]
     t = batch["t"].repeat(images_per_pair)
-    x_t = base.add_noise(latents, noise, t)
-    target = base.target(latents, noise, t)
     conditions = base.encode_tokens(batch["tokens"])
     conditions = [c.repeat(images_per_pair, *[1] * (c.ndim - 1)) for c in conditions]
-    drop = batch["u_drop"] < user_drop  # Sec. 4.3
-    user_tokens = adapter(batch["user"].to(adapter.mean.dtype), drop)
-    return x_t, t, target, conditions, user_tokens
+    return base.add_noise(latents, noise, t), t, base.target(latents, noise, t), conditions
 
 
 def learning_rate(step, args):
-    """Linear warm-up, then constant or a cosine to 0."""
+    """Linear warm-up, times a cosine over the whole run if --decay cosine."""
     lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
     if args.decay == "cosine":
         lr *= 0.5 + 0.5 * math.cos(math.pi * step / args.max_steps)
@@ -213,7 +223,7 @@ def validate(base, adapter, batches, args):
 
 
 # --------------------------------------------------------------------- the optimizer step
-def training_step(step, args, base, adapter, batches, stop, save):
+def accumulate_gradient(step, args, base, adapter, batches, stop, save):
     """The gradient of one optimizer step: accumulated, summed over ranks and clipped.
 
     batches: iterator of this rank's micro-batches; stop: see stop_requests
@@ -224,7 +234,7 @@ def training_step(step, args, base, adapter, batches, stop, save):
     """
     began = time.time()
     _, world_size = utils.rank_and_world()
-    user_drop = 1.0 if args.objective == "dpo" else args.user_drop  # Eq. 3 sees no user
+    user_drop = 1.0 if args.objective == "dpo" else args.user_drop  # Eq. 3: always zero
     total = 0
     saved = False
     for batch in islice(batches, args.batch // (args.micro * world_size)):
@@ -260,7 +270,6 @@ def training_step(step, args, base, adapter, batches, stop, save):
     return line, n_stop > 0
 
 
-# ----------------------------------------------------------------------- parts of a run
 @contextlib.contextmanager
 def stop_requests():
     """A list that SIGINT and SIGTERM append to inside the block: the step in hand is finished,
@@ -279,8 +288,8 @@ def make_adapter(args, base, rows, embeddings, reader):
     """A new adapter for these users, hooked into the base; float32, whatever the base is."""
     torch.manual_seed(args.seed)
     width = next(iter(embeddings.values())).shape[1]
-    bias = not args.bias_free
-    adapter = UserAdapter(width, base.channels, args.tokens, args.token_dim, bias)
+    sizes = (width, base.channels, args.tokens, args.token_dim)
+    adapter = UserAdapter(*sizes, bias=not args.bias_free)
     adapter.compiled = args.compile
     if reader[0] != "one-hot":
         train_users = sorted({row["user"] for row in rows["train"]})
@@ -289,7 +298,7 @@ def make_adapter(args, base, rows, embeddings, reader):
 
 
 def resume(args, config, adapter, optimizer):
-    """Put the checkpoint in --out back, if there is one and --resume; returns the steps done."""
+    """Put the checkpoint in --out back, if --resume and there is one -> the steps done."""
     start = 0
     state = utils.load_checkpoint(args.out, config) if args.resume else None
     if state is not None:
@@ -308,32 +317,35 @@ def resume(args, config, adapter, optimizer):
     if len(steps) > 1:
         problem = f"the processes find checkpoints of steps {steps}; all must see one folder"
         raise InputError(f"--out {args.out}: {problem}")
+    log = Path(args.out) / "train.jsonl"
+    if utils.rank_and_world()[0] == 0:  # what lost steps had logged after the checkpoint goes
+        log.parent.mkdir(parents=True, exist_ok=True)
+        lines = utils.read_jsonl(log) if log.exists() else []
+        utils.write_jsonl(log, [line for line in lines if line.get("step", start) < start])
     return start
 
 
 def print_plan(args, base, adapter, rows, images):
     """The derived numbers of a run, before it starts."""
-    _, world_size = utils.rank_and_world()
+    n_micro = args.batch // (args.micro * utils.rank_and_world()[1])
     frozen, trained = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (base.prior, adapter))
-    n_pairs = len(rows["train"])
-    n_users = len({row["user"] for row in rows["train"]})
+    n_pairs, n_users = len(rows["train"]), len({row["user"] for row in rows["train"]})
     epochs = args.max_steps * args.batch / n_pairs
     print0(
         f"base {args.base} on {base.device}, {base.dtype}: {frozen:.1f}M frozen parameters, "
         f"{len(base.channels)} attention layers; adapter {trained:.2f}M, {args.tokens} tokens of "
         f"{args.token_dim}\n{n_pairs} training pairs of {n_users} users, {images.kind}; "
-        f"{args.batch} a step = {args.micro} x {world_size} processes x "
-        f"{args.batch // (args.micro * world_size)} accumulated; {args.max_steps} steps = "
+        f"{args.batch} a step = {args.micro} x {args.batch // (args.micro * n_micro)} processes x "
+        f"{n_micro} accumulated; {args.max_steps} steps = "
         f"{epochs:.2f} epochs\nobjective {args.objective}, beta {args.beta:g}, t from "
-        f"{args.t_min:g} to 1, lr {args.lr:g} ({args.decay}, {args.warmup} warm-up), user drop "
-        f"{args.user_drop:g}, seed {args.seed}"
+        f"{args.t_min:g} to 1, lr {args.lr:g}, user drop {args.user_drop:g}, seed {args.seed}"
     )
 
 
-def batch_indices(step, micro_step, args):
-    """Which of the training sequence's pairs this rank holds in a micro-step."""
+def batch_indices(step, m, args):
+    """Which of the training sequence's pairs this rank holds in a step's m-th micro-step."""
     rank, world_size = utils.rank_and_world()
-    first = step * args.batch + (micro_step * world_size + rank) * args.micro
+    first = step * args.batch + (m * world_size + rank) * args.micro
     return range(first, first + args.micro)
 
 
@@ -347,16 +359,13 @@ def validation_batches(dataset, n, args, to_batch):
 
 def preview_inputs(adapter, rows, embeddings, objective):
     """Three captions and three users {name: standardized (1, D)} that previews show."""
-    captions = sorted({row["caption"] for row in rows["validation"]})[:3]
-    users = {}
-    for name in sorted({row["user"] for row in rows["validation"]})[:3]:
-        users[name] = adapter.normalize(embeddings[name][:1].to(adapter.mean))
-        if objective == "dpo":  # everybody is the zero user
-            users[name] = torch.zeros_like(users[name])
+    captions, names = (sorted({r[k] for r in rows["validation"]})[:3] for k in ("caption", "user"))
+    users = {name: adapter.standardize(embeddings[name][:1].to(adapter.mean)) for name in names}
+    if objective == "dpo":  # everybody is the zero user
+        users = {name: torch.zeros_like(user) for name, user in users.items()}
     return captions, users
 
 
-# --------------------------------------------------------------------------------- a run
 def print0(*text):
     if utils.rank_and_world()[0] == 0:
         print(*text)
@@ -370,23 +379,13 @@ def save_run(args, config, header, adapter, optimizer, step):
         utils.save_checkpoint(args.out, step=step, config=config, **state)
 
 
-def start_log(args, start):
-    """The run's folder; what lost steps had logged after the checkpoint is taken out."""
-    log = Path(args.out) / "train.jsonl"
-    if utils.rank_and_world()[0] == 0:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        lines = utils.read_jsonl(log) if log.exists() else []
-        utils.write_jsonl(log, [line for line in lines if line.get("step", start) < start])
-
-
 def log_line(args, line):
     """A line for train.jsonl, and a warning if both errors explode, as Diffusion-DPO's can."""
-    if utils.rank_and_world()[0] != 0:
-        return
-    utils.append_line(Path(args.out) / "train.jsonl", json.dumps(line))
+    if utils.rank_and_world()[0] == 0:
+        utils.append_line(Path(args.out) / "train.jsonl", json.dumps(line))
     error, reference = line.get("error_preferred", 0), line.get("error_ref_preferred", math.inf)
     if error > 1.5 * reference:
-        print(
+        print0(
             f"warning: step {line['step']}: the preferred images' error is {error / reference:.1f} "
             "x the reference's; Diffusion-DPO fails so: try a larger --beta or a lower --lr"
         )
@@ -412,8 +411,8 @@ def run(args):
     used_rows = rows["train"] + rows["validation"]
     images = open_images(data_folder, args.latents, used_rows, base.codec, base.dtype)
     adapter = make_adapter(args, base, rows, embeddings, reader)
-    fused = device.startswith("cuda")
-    optimizer = torch.optim.AdamW(adapter.parameters(), lr=args.lr, fused=fused)  # torch's defaults
+    on_gpu = device.startswith("cuda")
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=args.lr, fused=on_gpu)
 
     # where to begin, and how to save
     config = {key: value for key, value in vars(args).items() if key not in RESUME_MAY_CHANGE}
@@ -424,25 +423,22 @@ def run(args):
     if start >= args.max_steps:
         print0(f"{args.out}: finished already, {start} steps")
         return
-    start_log(args, start)
     save = partial(save_run, args, config, header, adapter, optimizer)
     print_plan(args, base, adapter, rows, images)
 
     # micro-batches: this rank's of the endless training sequence, and the same validation pairs,
     # noise and timesteps every time, whatever --seed
-    how = dict(latent_shape=base.latent_shape, t_min=args.t_min)
-    how |= dict(separate_noise=args.noise == "separate")
-    make_examples = partial(PreferencePairs, embeddings=embeddings, load_images=images, **how)
+    drawing = dict(separate_noise=args.noise == "separate", t_min=args.t_min)
+    source = (embeddings, images, base.latent_shape)
+    train_pairs = PreferencePairs(rows["train"], *source, args.seed, **drawing)
+    val_pairs = PreferencePairs(rows["validation"], *source, 0, **drawing)
     to_batch = partial(collate, tokenize=base.tokenize)
-    n_val = min(64, len(rows["validation"]))
-    val_examples = make_examples(rows["validation"], seed=0)
-    val_batches = validation_batches(val_examples, n_val, args, to_batch)
-    n_micro = args.batch // (args.micro * world_size)
+    val_batches = validation_batches(val_pairs, min(64, len(rows["validation"])), args, to_batch)
     steps = range(start, args.max_steps)
+    n_micro = args.batch // (args.micro * world_size)
     batch_sampler = [batch_indices(step, m, args) for step in steps for m in range(n_micro)]
-    how = dict(batch_sampler=batch_sampler, collate_fn=to_batch, num_workers=args.workers)
-    train_examples = make_examples(rows["train"], seed=args.seed)
-    loader = loading(train_examples, **how, pin_memory=device.startswith("cuda"))
+    batching = dict(batch_sampler=batch_sampler, collate_fn=to_batch, pin_memory=on_gpu)
+    loader = loading(train_pairs, **batching, num_workers=args.workers)
     preview_captions, preview_users = preview_inputs(adapter, rows, embeddings, args.objective)
     # on a CPU the fused backward of attention is slow: plain matrix products are quicker
     plain_attention = sdpa_kernel(SDPBackend.MATH) if device == "cpu" else contextlib.nullcontext()
@@ -452,7 +448,7 @@ def run(args):
         for step in steps:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)
-            line, stopping = training_step(step, args, base, adapter, batches, stop, save)
+            line, stopping = accumulate_gradient(step, args, base, adapter, batches, stop, save)
             last = step + 1 == args.max_steps
             if step % args.log_every == 0 or last:
                 line |= validate(base, adapter, val_batches, args)

@@ -78,7 +78,6 @@ class StableCascade:
         """Width of each attention layer, what UserAdapter takes."""
         return [layer.to_q.in_features for layer in self.attention_layers()]
 
-    # -------------------------------------------------------------------------- conditions
     def tokenize(self, captions):
         """Captions -> token ids and attention mask, (2, B, L); L = 77 at full scale."""
         how = dict(padding="max_length", truncation=True, return_tensors="pt")
@@ -103,7 +102,6 @@ class StableCascade:
         """B captions -> what encode_tokens gives."""
         return self.encode_tokens(self.tokenize(captions).to(self.device))
 
-    # ---------------------------------------------------------------- images and latents
     @torch.no_grad()
     def encode_pixels(self, pixels):
         """(B, 3, S, S) uint8 on the device -> latents (B, C, h, w) in the base's dtype."""
@@ -122,7 +120,6 @@ class StableCascade:
         pixels = einops.rearrange(pixels.float().mul(255).round().byte(), "b c h w -> b h w c")
         return [Image.fromarray(image) for image in pixels.cpu().numpy()]
 
-    # ------------------------------------------------------------------------- diffusion
     def cast_timesteps(self, t):
         """Timesteps as the network will see them: rounded once to its dtype, then in float32."""
         return t.to(self.dtype).to(torch.promote_types(self.dtype, torch.float32))
@@ -220,7 +217,6 @@ def find_base(name):
     return Path(repo), prior
 
 
-# ------------------------------------------------------------------------------- codecs
 def load_codec(name, device, dtype, decoder=None, grid=24):
     """The image codec of a base: its own if it has one, else Stable Cascade's."""
     folder, _ = find_base(name)
@@ -291,9 +287,8 @@ class CascadeCodec:
             raise InputError(f"--decoder {self.repo}: {utils.first_line(error)}") from None
         stages = dict(decoder=stage_b, vqgan=stage_a, latent_dim_scale=10.67)
         scheduler = diffusers.DDPMWuerstchenScheduler()
-        pipeline = diffusers.StableCascadeDecoderPipeline(
-            **stages, **self.text_model, scheduler=scheduler
-        )
+        settings = stages | self.text_model | dict(scheduler=scheduler)
+        pipeline = diffusers.StableCascadeDecoderPipeline(**settings)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.device)
 
@@ -314,9 +309,8 @@ class CascadeCodec:
         """Latents -> pixels (B, 3, H, W) in [0, 1]; 10 steps of Stage B, without guidance."""
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         settings = dict(num_inference_steps=10, guidance_scale=0.0, output_type="pt")
-        return self.decoder_pipeline(
-            latents, list(prompts), generator=generators, **settings
-        ).images
+        out = self.decoder_pipeline(latents, list(prompts), generator=generators, **settings)
+        return out.images
 
 
 class PatchCodec(nn.Module):
@@ -345,9 +339,8 @@ class PatchCodec(nn.Module):
                 codec = cls(int(metadata["patch"]), channels, int(metadata["side"]))
             codec.load_state_dict(state, assign=True)
         except (KeyError, ValueError, TypeError, RuntimeError, ZeroDivisionError) as error:
-            raise InputError(
-                f"{path}: not a codec of tiny.train ({utils.first_line(error)})"
-            ) from None
+            reason = utils.first_line(error)
+            raise InputError(f"{path}: not a codec of tiny.train ({reason})") from None
         return codec
 
     def set_text_model(self, tokenizer, text_encoder):

@@ -145,7 +145,7 @@ def make_batch(base, micro):
         noise=torch.cat([noise, noise]),
         user=torch.randn(micro, user_dim, generator=g),
         t=torch.rand(micro, generator=g).mul(0.999).add(0.001),
-        u_drop=torch.rand(micro, generator=g),
+        drop_draw=torch.rand(micro, generator=g),
         tokens=torch.stack([token_ids, torch.ones_like(token_ids)]),
     )
     if base.device.type == "cuda":
@@ -171,7 +171,7 @@ def recipe_micro_step(base, reference, adapter, batch):
     x_t = base.add_noise(batch["images"], batch["noise"], t)
     conditions = [c.repeat(2, 1, 1) for c in base.encode_tokens(batch["tokens"])]
     policy = base.prior
-    with adapter.user(adapter(batch["user"], batch["u_drop"] < 0.1)):
+    with adapter.user(adapter(batch["user"], batch["drop_draw"] < 0.1)):
         pred = base.predict(x_t, t, *conditions)
         base.prior = reference
         with torch.no_grad():

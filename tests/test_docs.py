@@ -129,6 +129,9 @@ def check(parse, command):
     if found is None:
         return False
     name, words = found
+    for word in words:
+        if word.startswith("assets/"):
+            assert (ROOT / word.partition(":")[0]).exists(), f"{word}: no such file"
     assert importlib.util.find_spec(name), f"{name}: no such script or module"
     if name in (*SCRIPTS, "bench"):
         try:
@@ -166,6 +169,7 @@ def test_commands_of_the_docstrings(name, parse):
     "command, problem",
     [
         ("python nowhere.py", "no such script"),
+        ("python sample.py --user assets/ppd/0.pt:0.5 --prompt x", "no such file"),
         ("python -m tiny.nowhere", "no such script or module"),
         ("python train.py --uncond-user off", "no such flags"),
         ("python evaluate.py people --judge-u=x", "no such flags"),  # no abbreviations

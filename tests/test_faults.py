@@ -16,6 +16,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from float64 import double_precision
 from PIL import Image
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -456,10 +457,9 @@ def test_cached_latents_train_the_same(world, tmp_path, capsys):
         run_train(users, tmp_path / "cached", "--max-steps", 2)
     assert "users, cached latents; 8 a step" in capsys.readouterr().out
     for key in ("loss", "validation_loss", "error_preferred"):
+        # batches of another size round otherwise
         expected = pytest.approx(logged(tmp_path / "images", key), rel=1e-4)
-        assert (
-            logged(tmp_path / "cached", key) == expected
-        )  # batches of another size round otherwise
+        assert logged(tmp_path / "cached", key) == expected
 
 
 def test_users_folders_share_the_latents_of_their_data(world, tmp_path, capsys):
@@ -526,9 +526,8 @@ def test_two_processes_cache_the_same_as_one(lean, tmp_path):
     count = int(data.open_array(latents.done_path).sum())
     assert sum(shares) == count and abs(shares[0] - shares[1]) <= 1
     assert (together / "index.json").read_bytes() == (alone / "index.json").read_bytes()
-    for part in ("done", "latents"):
-        one = data.open_array(latents.path(part))
-        two = data.open_array(together / latents.path(part).name)
+    for path in (latents.done_path, latents.latents_path):
+        one, two = np.load(path), np.load(together / path.name)
         assert np.allclose(one, two, rtol=0, atol=1e-5)
 
 
@@ -555,66 +554,42 @@ def test_bfloat16_latents_come_back_to_the_bit(lean, tmp_path):
         run_train(lean[1], tmp_path / "other", *flags)
 
 
-def test_unusable_latents_are_said_in_one_line(lean, tmp_path):
+def test_broken_arrays_are_said_in_one_line_that_helps(lean, tmp_path):
+    """Latents of other data, or not there at all: see bad_input.txt."""
     folder = tmp_path / "latents"
+    flags = ["--users", lean[1], "--latents", folder, "--device", "cpu"]
+    training = ["--out", tmp_path / "run", "--max-steps", 1]
     latents = cache(lean[1], folder, "--latents", folder)
-    array, done, index = latents.latents_path, latents.done_path, folder / "index.json"
+    paths = (latents.latents_path, latents.done_path)
+    whole = [np.load(path) for path in paths]
 
-    common = ("--users", lean[1], "--latents", folder, "--device", "cpu")
-
-    def refused(main, *flags):
+    def refused(main, *more):
         data.open_array.cache_clear()
         with pytest.raises(SystemExit) as stop:
-            main(list(map(str, (*common, *flags))))
+            main(list(map(str, (*flags, *more))))
         assert "\n" not in stop.value.code
         return stop.value.code
 
-    training = (train.main, "--out", tmp_path / "run", "--max-steps", 1)
-    caching = (embed.main, "--cache-latents")
-    whole = {path: path.read_bytes() for path in (array, done, index)}
-    again = "delete it and its .done.npy and run embed.py --cache-latents again"
-    for path in (array, done):
-        for content in (b"no array", whole[path][:-100], whole[path][:50]):
-            path.write_bytes(content)
-            for command in (training, caching):
-                said = refused(*command)
-                assert f"error: {path}: no array of latents (" in said and again in said
+    for path in paths:
+        content = path.read_bytes()
+        for broken in (b"no array", content[:-100], content[:50]):
+            path.write_bytes(broken)
+            for said in (refused(train.main, *training), refused(embed.main, "--cache-latents")):
+                assert f"error: {path}: no array of latents (" in said
+                assert "delete it and its .done.npy and run embed.py --cache-latents again" in said
         np.save(path, np.zeros((3, 2), np.float32))
-        assert f"error: {path}: not an array of (" in refused(*training)
-        path.write_bytes(whole[path])
-    index.write_text("[]")
-    assert refused(*training).endswith("index.json: not a JSON object; move it away")
-    index.write_text("{}")
-    assert refused(*training).endswith("index.json: no list of images; move the folder away")
-    index.write_text('{"images": ["a", "b"]}')
-    np.save(array, np.zeros((2, *latents.shape), np.float32))
-    np.save(done, np.zeros(2, np.uint8))
-    assert f"{folder}: latents of other data, without image u00" in refused(*training)
-    said = f"embed.py: error: {index}: latents of other data; give another --latents"
-    assert refused(*caching) == said
-    shutil.rmtree(folder)
-    said = f"train.py: error: {array} is not there; run embed.py --cache-latents with the same --"
-    assert refused(*training).startswith(said)
+        assert f"error: {path}: not an array of (" in refused(train.main, *training)
+        for other in paths:
+            other.unlink()
+        cache(lean[1], folder, "--latents", folder)
+        for other, expected in zip(paths, whole, strict=True):
+            assert np.array_equal(np.load(other), expected)
     assert not (tmp_path / "run").exists()
-    cache(lean[1], folder, "--latents", folder)
-    assert np.load(done).any()
 
 
 # ------------------------------------------------------------------------------- compiled
-@pytest.fixture
-def in_double(monkeypatch):
-    """train.py's base and adapter in float64."""
-    load_base, install = train.load_base, UserAdapter.install
-
-    def load(name, device, dtype, *args):
-        return load_base(name, device, torch.float64, *args)
-
-    monkeypatch.setattr(train, "load_base", load)
-    monkeypatch.setattr(UserAdapter, "install", lambda *args: install(*args).double())
-
-
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_blocks_give_the_same(backend, world, tmp_path, monkeypatch, in_double):
+def test_compiled_blocks_give_the_same(backend, world, tmp_path, monkeypatch):
     real = torch.nn.Module.compile
 
     def compiled_so(self, **how):
@@ -623,8 +598,9 @@ def test_compiled_blocks_give_the_same(backend, world, tmp_path, monkeypatch, in
     monkeypatch.setattr(torch.nn.Module, "compile", compiled_so)
     torch._dynamo.reset()
     counters.clear()
-    run_train(world[1], tmp_path / "eager", "--max-steps", 2)
-    run_train(world[1], tmp_path / "compiled", "--max-steps", 2, "--compile", "--checkpointing")
+    with double_precision():
+        run_train(world[1], tmp_path / "eager", "--max-steps", 2)
+        run_train(world[1], tmp_path / "compiled", "--max-steps", 2, "--compile", "--checkpointing")
     # for kinds of blocks and uses: the prior has 20 blocks, the run 30 forwards
     assert 3 <= counters["stats"]["unique_graphs"] <= 16
     assert not counters["graph_break"]

@@ -132,7 +132,7 @@ def test_new_adapter_changes_no_image_for_anybody(plain):
     adapter = UserAdapter(3, plain.channels).install(plain.attention_layers())
     how = dict(prompts=["a red star"] * 3, seeds=[0, 1, 2], steps=3)
     stock = plain.sample(**how)
-    for tokens in (adapter(torch.eye(3)), adapter.zero_user(3)):
+    for tokens in (adapter(torch.eye(3)), adapter(adapter.mean.expand(3, -1))):
         assert torch.equal(plain.sample(adapter=adapter, user_tokens=tokens, **how), stock)
 
 
@@ -196,11 +196,11 @@ def test_zero_user_is_the_mean_user_and_not_the_reference(base):
     adapter.std.copy_(torch.tensor([2.0, 0.5, 1.0]))
     u = torch.randn(2, 3, dtype=torch.float64)
     dropped = adapter(u, drop=torch.tensor([True, False]))
-    assert torch.equal(dropped[:1], adapter.zero_user())
+    assert torch.equal(dropped[:1], adapter(adapter.mean.expand(1, -1)))
     assert torch.equal(dropped[1:], adapter(u[1:]))
     x = inputs(base)
     reference = base.predict(*x)
-    with adapter.user(adapter.zero_user(2)):
+    with adapter.user(adapter(adapter.mean.expand(2, -1))):
         assert not torch.allclose(base.predict(*x), reference)
 
 
@@ -280,8 +280,8 @@ def test_adapter_errors_say_what_and_where(plain, tmp_path):
     path = tmp_path / "adapter.safetensors"
     UserAdapter(3, [256] * 8).save(path)
     widths = (
-        r"adapter.safetensors is for a base with 8 attention layers of widths \[256\]; this base has 8 "
-        r"attention layers of widths \[128\]"
+        r"adapter.safetensors is for a base with 8 attention layers of widths \[256\]; this base "
+        r"has 8 attention layers of widths \[128\]"
     )
     with pytest.raises(InputError, match=widths):
         UserAdapter.load(path).install(plain.attention_layers())
@@ -295,7 +295,7 @@ def test_adapter_errors_say_what_and_where(plain, tmp_path):
     with pytest.raises(InputError, match='Unexpected key.*"extra"'):
         UserAdapter.load(path)
     save_file(state, path)
-    with pytest.raises(InputError, match=r"no usable PPD adapter"):
+    with pytest.raises(InputError, match="no usable PPD adapter"):
         UserAdapter.load(path)
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(InputError, match="not a readable safetensors file"):

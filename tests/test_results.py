@@ -1,468 +1,383 @@
-"""The paper's experiments: each runs small, and the README's tables are those of assets/results.json, which a shipped adapter
-still earns."""
+"""The paper's experiments: each runs small, and the tables in docs/ are those of
+assets/results.json, which a shipped adapter still earns."""
 
 import json
 import re
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, script
 from PIL import Image
 
 import embed
 import evaluate
+import experiments
+import rewards
 import train
+from conftest import ROOT, script
+from data import read_pairs, read_rows, split_rows
 from ppd import UserAdapter
-from sample import generate, load_base, standardised
+from sample import generate, load_base_for, load_user_embedding
+from tiny import world as drawn_world
 
 RESULTS = ROOT / "assets" / "results.json"
-METHODS = ("base", "Diffusion-DPO", "SFT", "PPD", "one Diffusion-DPO a reward")
+UPPER_BOUND = "one Diffusion-DPO a reward"
+METHODS = ("base", "Diffusion-DPO", "SFT", "PPD", UPPER_BOUND)
+TABLES = dict(
+    people=evaluate.people_table,
+    judge=evaluate.judge_table,
+    rewards=evaluate.rewards_table,
+    interpolate=experiments.interpolate_table,
+    classify=experiments.classify_table,
+    profiles=experiments.profiles_table,
+)
+TRAIN = ["--batch", "8", "--preview-every", "0", "--device", "cpu"]
 
 
 @pytest.fixture
 def here(monkeypatch):
     """Scripts that evaluate.py starts run in this process: a start takes seconds."""
-    monkeypatch.setattr(
-        evaluate,
-        "script",
-        lambda name, *flags: {"train.py": train, "embed.py": embed}[name].main(
-            [str(f) for f in flags]
-        ),
-    )
+
+    def run_python(name, *flags):
+        {"train.py": train, "embed.py": embed}[name].main([str(flag) for flag in flags])
+
+    monkeypatch.setattr(evaluate, "run_python", run_python)
+
+
+def module_of(command):
+    return experiments if command in experiments.EXPERIMENTS else evaluate
 
 
 def evaluated(command, *flags, out):
-    """One subcommand, run small -> its part of evaluation.json, its table being in evaluation.md."""
-    evaluate.main([command, *map(str, flags), "--steps", "2", "--out", str(out)])
-    result = json.loads((out / "evaluation.json").read_text())
-    key = "couples" if "couples" in result else command
-    assert evaluate.TABLES[key](result[key]) in (out / "evaluation.md").read_text() and result[key][
-        "made"
-    ]["command"].startswith(f"python evaluate.py {command}")
-    for picture in out.glob("*.png"):
-        assert np.asarray(Image.open(picture)).std() > 10
-    return result[key]
+    """One subcommand, run small -> its part of evaluation.json, its table being in
+    evaluation.md."""
+    module = module_of(command)
+    module.main([command, *map(str, flags), "--steps", "2", "--out", str(out)])
+    result = json.loads((out / "evaluation.json").read_text())[command]
+    assert TABLES[command](result) in (out / "evaluation.md").read_text()
+    assert result["made"]["command"].startswith(f"python {module.__name__}.py {command}")
+    for image in out.glob("*.png"):
+        assert np.asarray(Image.open(image)).std() > 10
+    return result
 
 
 @pytest.fixture(scope="module")
 def runs(world, people, tmp_path_factory):
-    """An adapter for the three rewards and one for people, hardly trained: (folder, folder)."""
+    """An adapter for the three rewards and one for users, hardly trained: (folder, folder)."""
     out = tmp_path_factory.mktemp("runs")
     for name, users in (("onehot", world[1]), ("people", people[1])):
-        train.main(
-            [
-                "--users",
-                str(users),
-                "--out",
-                str(out / name),
-                "--max-steps",
-                "2",
-                "--batch",
-                "8",
-                "--preview-every",
-                "0",
-                "--device",
-                "cpu",
-            ]
-        )
+        train.main(["--users", str(users), "--out", str(out / name), "--max-steps", "2", *TRAIN])
     return out / "onehot", out / "people"
 
 
-# ------------------------------------------------------------------------------------------------- the experiments, small
+# -------------------------------------------------------------- the experiments, small
 def test_table_1_and_figure_3(runs, world, tmp_path, here, capsys):
-    flags = ["--adapter", runs[0], "--baselines", tmp_path / "baselines", "--n", 6]
+    baselines = tmp_path / "baselines"
+    flags = ["--adapter", runs[0], "--baselines", baselines, "--n", 6]
     result = evaluated("rewards", *flags, out=tmp_path / "out")
-    assert set(result["table_1"]) == set(METHODS) and all(
-        result["table_1"][m][r]["n"] == 6 for m in METHODS for r in ("light", "warm", "large")
-    )
+    assert set(result["table_1"]) == set(METHODS)
+    for method in METHODS:
+        assert all(result["table_1"][method][r]["n"] == 6 for r in ("light", "warm", "large"))
     assert set(result["figure_3"]["warm"]) == set(METHODS) - {"PPD"}
     assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"rewards.png", "figure_3.png"}
-    headers = {p.name: UserAdapter.load(p).header for p in (tmp_path / "baselines").iterdir()}
-    assert {n: h["objective"] for n, h in headers.items()} == {
-        "dpo": "dpo",
-        "sft": "sft",
-        "dpo-light": "dpo",
-        "dpo-warm": "dpo",
-        "dpo-large": "dpo",
-    }
+
+    headers = {path.name: UserAdapter.load(path).header for path in baselines.iterdir()}
+    objectives = {name: header["objective"] for name, header in headers.items()}
+    uppers = ("dpo-light", "dpo-warm", "dpo-large")
+    assert objectives == dict(sft="sft", dpo="dpo") | dict.fromkeys(uppers, "dpo")
     same = UserAdapter.load(runs[0]).header["recipe"]
-    assert all(
-        h["step"] == 2 and h["recipe"] | dict(only=None) == same for h in headers.values()
-    ) and headers["dpo-warm"]["recipe"]["only"] == ["warm"]
-    rows = [
-        json.loads(line)
-        for line in (tmp_path / "baselines" / "dpo" / "train.jsonl").read_text().splitlines()
-    ]
-    own, _ = embed.read_pairs(world[1].with_name("users-own"))
-    original = {
-        r["ranking_id"]: r["preferred"]
-        for r in embed.split_rows(embed.read_rows(world[0]), 0.1, 0.2, 0.25)[0]
-    }
-    assert (
-        rows
-        and all(r["preferred"] == original[r["ranking_id"]] for r in own)
-        and {r["user"] for r in own} == {"own"}
-    )
+    for header in headers.values():
+        assert header["step"] == 2 and header["recipe"] | dict(only=None) == same
+    assert headers["dpo-warm"]["recipe"]["only"] == ["warm"]
+    assert (baselines / "dpo" / "train.jsonl").read_text().splitlines()
+    own, _ = read_pairs(world[1].with_name("users-own"))
+    rows, _ = split_rows(read_rows(world[0]), 0.1, 0.2, 0.25)
+    original = {row["ranking_id"]: row["preferred"] for row in rows}
+    assert all(row["preferred"] == original[row["ranking_id"]] for row in own)
+    assert {row["user"] for row in own} == {"own"}
+
     capsys.readouterr()
     assert evaluated("rewards", *flags, out=tmp_path / "out")["table_1"] == result["table_1"]
     assert "steps = " not in capsys.readouterr().out  # what is there is not trained again
+    other = str(tmp_path / "other")
     train.main(
-        [
-            "--users",
-            str(world[1]),
-            "--out",
-            str(tmp_path / "other"),
-            "--max-steps",
-            "2",
-            "--batch",
-            "8",
-            "--beta",
-            "3",
-            "--preview-every",
-            "0",
-        ]
+        ["--users", str(world[1]), "--out", other, "--max-steps", "2", "--beta", "3", *TRAIN]
     )
-    with pytest.raises(
-        SystemExit,
-        match="dpo: trained with beta 6.0, but .* is to be compared with 3.0; choose another --baselines",
-    ):
-        evaluate.main(
-            [
-                "rewards",
-                "--adapter",
-                str(tmp_path / "other"),
-                "--baselines",
-                str(tmp_path / "baselines"),
-            ]
-        )
+    problem = "dpo: trained with beta 6.0, but .* is to be compared with 3.0; choose another --base"
+    with pytest.raises(SystemExit, match=problem):
+        evaluate.main(["rewards", "--adapter", other, "--baselines", str(baselines)])
 
 
-def test_one_reward_only(runs, world, tmp_path, capsys):
-    train.main(
-        [
-            "--users",
-            str(world[1]),
-            "--only",
-            "warm",
-            "--out",
-            str(tmp_path / "run"),
-            "--max-steps",
-            "1",
-            "--batch",
-            "4",
-            "--preview-every",
-            "0",
-        ]
-    )
-    rows = [
-        r for r in embed.read_pairs(world[1])[0] if r["user"] == "warm" and r["split"] == "train"
-    ]
-    assert f"{len(rows)} training pairs of 1 users" in capsys.readouterr().out
+def test_one_reward_only(world, tmp_path, capsys):
+    flags = ["--users", str(world[1]), "--only", "warm", "--out", str(tmp_path / "run")]
+    train.main([*flags, "--max-steps", "1", *TRAIN])
+    pairs, _ = read_pairs(world[1])
+    n = sum(row["user"] == "warm" and row["split"] == "train" for row in pairs)
+    assert f"{n} training pairs of 1 users" in capsys.readouterr().out
 
 
 def test_figure_4(runs, tmp_path):
     result = evaluated("interpolate", "--adapter", runs[0], "--n", 3, out=tmp_path)
-    assert (
-        len(result["edges"]) == 6
-        and all(len(e["means"]) == 11 and e["n"] == 3 for e in result["edges"])
-        and len(result["map"]) == 36
-    )
-    assert all(sum(p["weights"].values()) == pytest.approx(1) for p in result["map"])
-    at = {tuple(p["weights"].values()): p["means"] for p in result["map"]}
-    along = next(
-        e for e in result["edges"] if e["edge"] == ["light", "large"] and e["reward"] == "large"
-    )
-    assert along["means"] == [at[round(1 - w / 10, 10), 0, w / 10]["large"] for w in range(11)]
-
-
-def test_couples(runs, tmp_path):
-    result = evaluated("interpolate", "--adapter", runs[1], "--n", 4, out=tmp_path)
-    assert all(
-        len(result[who]["means"]) == 11 and result[who]["n"] == 4 for who in ("one", "other")
-    )
+    assert len(result["edges"]) == 6 and len(result["map"]) == 36
+    assert all(len(edge["means"]) == 11 and edge["n"] == 3 for edge in result["edges"])
+    assert all(sum(point["weights"].values()) == pytest.approx(1) for point in result["map"])
+    at = {tuple(point["weights"].values()): point["means"] for point in result["map"]}
+    edges = {(*edge["edge"], edge["reward"]): edge for edge in result["edges"]}
+    along = edges["light", "large", "large"]["means"]
+    assert along == [at[round(1 - w / 10, 10), 0, w / 10]["large"] for w in range(11)]
 
 
 def test_figure_2(tmp_path):
-    script("tiny.py", "data", "--out", tmp_path / "data", "--users", 24, "--pairs", 90, "--seed", 3)
-    for folder, *how in (("users", "--layer", "all"), ("after", "--profile")):
-        script(
-            "embed.py",
-            "--data",
-            tmp_path / "data",
-            "--users",
-            tmp_path / folder,
-            "--groups",
-            13,
-            *how,
-            *("--test-captions", 0, "--validation-captions", 0, "--unseen-users", 0),
-        )
-    result = evaluated(
-        "classify",
-        "--users",
-        tmp_path / "users",
-        "--profile-users",
-        tmp_path / "after",
-        out=tmp_path / "out",
-    )
-    assert (
-        list(result["states"]) == [f"prompt, layer {k}" for k in range(5)] + ["profile, layer -1"]
-        and 20 <= result["people"] <= 24
-    )
+    data, users, after = (tmp_path / name for name in ("data", "users", "after"))
+    script("-m", "tiny.world", "--out", data, "--users", 24, "--pairs", 90, "--seed", 3)
+    no_splits = "--test-captions 0 --validation-captions 0 --unseen-users 0 --groups 13".split()
+    for folder, *reading in ((users, "--layer", "all"), (after, "--profile")):
+        script("embed.py", "--data", data, "--users", folder, *reading, *no_splits)
+    flags = ["--users", users, "--profile-users", after]
+    result = evaluated("classify", *flags, out=tmp_path / "out")
+    layers = [f"prompt, layer {k}" for k in range(5)] + ["profile, layer -1"]
+    assert list(result["states"]) == layers and 20 <= result["people"] <= 24
     for row in (*result["states"].values(), *result["ceilings"].values()):
-        assert [r["n"] for r in row.values()] == [result["people"]] * 5 and sorted(
-            r["rate"] for r in row.values()
-        ) == [r["rate"] for r in row.values()]
-    at = lambda row, k: row[str(k)]["rate"]
-    assert (
-        at(result["ceilings"]["a perfect reader of the four choices"], 4)
-        <= at(result["ceilings"]["the true taste"], 4) + 0.1
-    )
-    assert (
-        at(result["states"]["prompt, layer 4"], 4)
-        > result["chance"]["4"]
-        == pytest.approx(at(result["states"]["prompt, layer 0"], 4), abs=1e-4)
-    )
-    with pytest.raises(
-        SystemExit, match="expected a person read after the profile from the same choices"
-    ):
-        evaluate.main(
-            [
-                "classify",
-                "--users",
-                str(tmp_path / "users"),
-                "--profile-users",
-                str(tmp_path / "users"),
-            ]
-        )
+        rates = [r["rate"] for r in row.values()]
+        assert [r["n"] for r in row.values()] == [result["people"]] * 5
+        assert sorted(rates) == rates
+    ceilings = {name: row["4"]["rate"] for name, row in result["ceilings"].items()}
+    assert ceilings["a perfect reader of the four choices"] <= ceilings["the true taste"] + 0.1
+    top_4 = {name: row["4"]["rate"] for name, row in result["states"].items()}
+    chance = result["chance"]["4"]
+    assert top_4["prompt, layer 4"] > chance
+    assert chance == pytest.approx(top_4["prompt, layer 0"], abs=1e-4)
+    problem = "expected a user read after the profile from the same choices"
+    with pytest.raises(SystemExit, match=problem):
+        experiments.main(["classify", "--users", str(users), "--profile-users", str(users)])
 
 
 def test_classifier_on_what_can_and_cannot_be_told():
     rng = np.random.default_rng(0)
-    middle = torch.tensor(rng.normal(size=(30, 8)), dtype=torch.float32)
-    drawn = lambda: middle + 0.05 * torch.tensor(rng.normal(size=(30, 8)), dtype=torch.float32)
-    x, who = torch.cat([drawn() for _ in range(6)]), torch.arange(30).repeat(6)
-    assert (evaluate.classifier(x, who, drawn(), drawn(), 0) == 0).float().mean() > 0.9
-    noise = lambda n: torch.tensor(rng.normal(size=(n, 8)), dtype=torch.float32)
-    assert (
-        evaluate.classifier(noise(180), who, noise(30), noise(30), 0).float().mean() > 10
-    )  # chance is 14.5
+
+    def noise(n):
+        return torch.tensor(rng.normal(size=(n, 8)), dtype=torch.float32)
+
+    middle = noise(30)
+
+    def near_own_middle(n=1):
+        return middle.repeat(n, 1) + 0.05 * noise(30 * n)
+
+    owners = torch.arange(30).repeat(6)
+    told = experiments.classifier(
+        near_own_middle(6), owners, near_own_middle(), near_own_middle(), 0
+    )
+    assert (told == 0).float().mean() > 0.9
+    not_told = experiments.classifier(noise(180), owners, noise(30), noise(30), 0)
+    assert not_told.float().mean() > 10  # chance is 14.5
 
 
 def test_figure_6(runs, tmp_path, here):
-    result = evaluated(
-        "profiles",
-        "--adapter",
-        runs[1],
-        "--baselines",
-        tmp_path / "baselines",
-        "--n",
-        6,
-        out=tmp_path / "out",
-    )
-    assert len(result["arms"]) == 5 and all(
-        r["n"] == 6 and r["fidelity"]["n"] == 6 for r in result["arms"].values()
-    )
-    assert all(
-        word in evaluate.tiny.WORDS
-        for text in result["profiles"].values()
-        for word in text.split(", ")
-    )
+    flags = ["--adapter", runs[1], "--baselines", tmp_path / "baselines", "--n", 6]
+    result = evaluated("profiles", *flags, out=tmp_path / "out")
+    assert len(result["arms"]) == 5
+    assert all(r["n"] == 6 and r["fidelity"]["n"] == 6 for r in result["arms"].values())
+    words = {word for text in result["profiles"].values() for word in text.split(", ")}
+    assert words <= drawn_world.WORDS.keys()
 
 
-def test_ablations(people, tmp_path, here, monkeypatch, capsys):
-    monkeypatch.setattr(
-        evaluate,
-        "ABLATIONS",
-        {
-            k: evaluate.ABLATIONS[k]
-            for k in ("default", "1 shot", "10 training people", "projector without biases")
-        },
+def test_people_small(runs, tmp_path):
+    result = evaluated("people", "--adapter", runs[1], "--n", 3, out=tmp_path)
+    counts = {arm: r["n"] for arm, r in result["people"].items()}
+    unseen = dict.fromkeys(("unseen", "other_user", "zero", "true_taste"), 3)
+    assert counts == unseen | dict(seen=3, all=6)
+    assert result["fidelity"]["base"]["n"] == result["fidelity"]["ppd"]["n"] == 6
+
+
+def test_the_scripts_share_a_page(tmp_path, capsys):
+    """evaluation.json and .md keep, word for word, what another script or hand has put there."""
+
+    def report(command, value, table, **images):
+        args = SimpleNamespace(out=str(tmp_path), device="cpu", command=command)
+        args.made_by = f"python {module_of(command).__name__}.py {command}"
+        args.began = time.time()
+        evaluate.report(args, dict(value=value), table, images)
+
+    page = tmp_path / "evaluation.md"
+    by_hand = "Two  spaces, a | bar |.\n\n\n### deeper\n\n## no heading:\nno line between\n\t- end"
+    page.write_text(f"## by hand\n\n{by_hand}\n")
+    table = evaluate.markdown_table(["a", "b"], [[1, 2]])
+    assert table == "| a | b |\n|---|---|\n| 1 | 2 |"
+    report("people", 1, f"{table}\n\nA sentence.", image=Image.new("RGB", (9, 9), "red"))
+    report("interpolate", 2, table)
+    want = f"## by hand\n\n{by_hand}\n\n## people\n\n{table}\n\nA sentence.\n"
+    assert page.read_text() == f"{want}\n## interpolate\n\n{table}\n"
+    report("interpolate", 3, "other\n\ntext")
+    assert page.read_text() == f"{want}\n## interpolate\n\nother\n\ntext\n"
+    report("people", 4, f"{table}\n\nA sentence.")
+    assert page.read_text() == f"{want}\n## interpolate\n\nother\n\ntext\n"  # in its place
+    content = json.loads((tmp_path / "evaluation.json").read_text())
+    assert {name: result["value"] for name, result in content.items()} == dict(
+        people=4, interpolate=3
     )
-    monkeypatch.setattr(evaluate, "SEEDS", (0, 1))
-    flags = ["--users", people[1], "--train-steps", 1, "--n", 4, "--dtype", "bfloat16"]
-    result = evaluated("ablations", *flags, out=tmp_path)
-    assert list(result["changes"]) == list(evaluate.ABLATIONS) and all(
-        len(r["gain_by_seed"]) == 2 and r["fidelity"]["n"] == 4 for r in result["changes"].values()
-    )
-    assert result["changes"]["default"]["against_default"]["mean"] == 0
-    assert (
-        not UserAdapter.load(tmp_path / "projector-without-biases-0").bias
-        and UserAdapter.load(tmp_path / "1-shot-1").header["seed"] == 1
-    )
-    one = [
-        len(g)
-        for f in people[1].with_name("users-1shot").glob("*.pt")
-        for g in evaluate.load_user(f)["shots"]
-    ]
-    assert set(one) == {1}
-    assert "of 10 users" in capsys.readouterr().out
-    (
-        tmp_path / "1-shot-0" / "scores.json"
-    ).unlink()  # as if killed there: nothing else is done again
-    assert evaluated("ablations", *flags, out=tmp_path)["changes"] == result["changes"]
-    assert "steps = " not in capsys.readouterr().out  # its training had finished
-    with pytest.raises(SystemExit, match="scores.json is of other seed: 10000, not 1"):
-        evaluate.main(["ablations", *map(str, flags), "--seed", "1", "--out", str(tmp_path)])
+    assert content["interpolate"]["made"]["command"] == "python experiments.py interpolate"
+    assert Image.open(tmp_path / "image.png").size == (9, 9)
+    assert f"{tmp_path}/evaluation.md, {tmp_path}/image.png" in capsys.readouterr().out
 
 
 def test_numbers():
+    def spearman(scores):
+        return experiments.spearman(np.arange(len(scores)), scores)
+
     rising = np.array([[1.0, 2.0], [2.0, 3.0], [3.0, 1.0], [4.0, 9.0]])
-    assert evaluate.spearman(np.arange(4), rising)["spearman"] == pytest.approx(
-        0.8
-    )  # means 1.5, 2.5, 2, 6: one neighbouring pair swapped
-    assert (
-        evaluate.spearman(np.arange(4), -np.arange(4)[:, None] * np.ones((4, 3)))["spearman"] == -1
-    )
-    assert evaluate.spearman(np.arange(11), np.zeros((11, 5))) == dict(
-        spearman=0, n=5, ci95=[0, 0]
-    )  # what does nothing earns nothing
-    tied = evaluate.spearman(np.arange(4), np.array([0, 1, 1, 1])[:, None] * np.ones((4, 2)))[
-        "spearman"
-    ]
-    assert tied == pytest.approx(0.7746, abs=1e-4)  # scipy.stats.spearmanr
-    m = evaluate.mean([1, 2, 3, 4])
-    assert m["mean"] == 2.5 and m["ci95"][1] - 2.5 == pytest.approx(
-        1.96 * np.sqrt(5 / 3) / 2, abs=1e-3
-    )
-    assert evaluate.wins([1, 2, 3], [1, 3, 2]).tolist() == [0.5, 0, 1]
+    # means 1.5, 2.5, 2, 6: one neighboring pair swapped
+    assert spearman(rising)["spearman"] == pytest.approx(0.8)
+    assert spearman(-np.arange(4)[:, None] * np.ones((4, 3)))["spearman"] == -1
+    # what does nothing earns nothing
+    assert spearman(np.zeros((11, 5))) == dict(spearman=0, n=5, ci95=[0, 0])
+    tied = spearman(np.array([0, 1, 1, 1])[:, None] * np.ones((4, 2)))
+    assert tied["spearman"] == pytest.approx(0.7746, abs=1e-4)  # scipy.stats.spearmanr
+    m = evaluate.mean_ci([1, 2, 3, 4])
+    half = 1.96 * np.sqrt(5 / 3) / 2
+    assert m["mean"] == 2.5 and m["ci95"][1] - 2.5 == pytest.approx(half, abs=1e-3)
+    assert evaluate.win_indicator([1, 2, 3], [1, 3, 2]).tolist() == [0.5, 0, 1]
 
 
 @pytest.mark.parametrize(
     "argv, line",
     [
-        ("profiles --adapter assets/ppd", "profiles wants --baselines FOLDER"),
-        ("classify --users nowhere", "--users nowhere: no pairs.parquet there; run embed.py first"),
+        ("experiments profiles --adapter assets/ppd", "profiles wants --baselines FOLDER"),
         (
-            "people --adapter assets/ppd --data data --users {people}",
-            "true tastes are known of drawn people only",
+            "experiments classify --users nowhere",
+            "--users nowhere: no pairs.parquet there; run embed.py first",
         ),
-        ("ablations --train-steps 0", "--train-steps 0: expected 1 or more"),
+        (
+            "evaluate people --adapter assets/ppd --data data --users {people}",
+            "--data: no data/people.json; of users who are not drawn ask evaluate.py judge",
+        ),
+        ("evaluate --steps 0", "--steps 0: expected 1 or more"),
+        ("evaluate people --profile-users x", "unrecognized arguments: --profile-users x"),
+        ("experiments ablations", "invalid choice: 'ablations'"),
     ],
 )
 def test_one_clear_line(argv, line, people, capsys):
-    argv = argv.format(people=people[1]).split()
+    name, *argv = argv.format(people=people[1]).split()
     with pytest.raises(SystemExit) as stop:
-        evaluate.main(argv)
+        dict(evaluate=evaluate, experiments=experiments)[name].main(argv)
     said = capsys.readouterr().err + str(stop.value.code)
-    assert line in said and "Traceback" not in said
+    assert line in said and f"{name}.py: error: " in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("flags", ["", "--profile-users users-classify-profile"])
+@pytest.mark.parametrize("name", ["interpolate", "classify", "profiles"])
+def test_where_old_names_went(name, flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([name, *flags.split()])
+    assert stop.value.code == 2
+    line = f"evaluate.py: error: {name} moved: python experiments.py {name}\n"
+    assert capsys.readouterr().err == line
+    assert name in experiments.EXPERIMENTS
 
 
 def test_bias_free_projector_makes_the_zero_user_the_base():
     torch.manual_seed(0)
     adapter = UserAdapter(8, [16, 16], bias=False)
-    assert adapter.zero_user().abs().max() == 0 and not any(
-        "bias" in k for k in adapter.state_dict()
-    )
-    assert UserAdapter(8, [16, 16]).zero_user().abs().max() > 0
+    assert adapter(adapter.mean[None]).abs().max() == 0
+    assert not any("bias" in key for key in adapter.state_dict())
+    adapter = UserAdapter(8, [16, 16])
+    assert adapter(adapter.mean[None]).abs().max() > 0
 
 
-# ------------------------------------------------------------------------------------------------------ what is shipped
+# -------------------------------------------------------------------- what is shipped
+def ablation_rows(result):
+    for change, r in result["changes"].items():
+        by_seed = ", ".join(f"{gain:+.2f}" for gain in r["gain_by_seed"])
+        rates = [evaluate.format_rate(r[key]) for key in ("win_rate", "own_over_other")]
+        against = "" if change == "default" else evaluate.format_mean(r["against_default"])
+        change = change.replace("people", "users")
+        cells = [change, *rates, evaluate.format_mean(r["gain"]), by_seed, against]
+        yield "| " + " | ".join([*cells, evaluate.format_rate(r["fidelity"])]) + " |"
+
+
 def test_readme_shows_the_results():
-    """Every table row of the README's results is one that the shipped numbers give, and the other way round."""
-    results, readme = json.loads(RESULTS.read_text()), (ROOT / "README.md").read_text()
-    assert set(evaluate.TABLES) <= set(results)
-    for name, result in results.items():
-        for line in evaluate.TABLES[name.split(":")[0]](result).splitlines():
-            assert not line.startswith("|") or line in readme, f"{name}: README lacks {line}"
-        assert result["made"]["command"].replace("--out runs/results", "").strip() in re.sub(
-            r"\s+--out runs/results", "", readme
-        ), name
+    """Every table row of the results' pages is one that the shipped numbers give, and every shipped
+    number is there."""
+    results = json.loads(RESULTS.read_text())
+    text = (ROOT / "docs" / "results.md").read_text()
+    assert set(results) == {*TABLES, "ablations"}
+    rows = set()
+    for name, table in TABLES.items():
+        for line in table(results[name]).splitlines():
+            if line.startswith("|"):
+                assert line in text.splitlines(), f"{name}: docs/results.md lacks {line}"
+                rows.add(line)
+            for number in re.findall(r"\d\.\d+ \(.*?\)", line):
+                assert number in " ".join(text.split()), f"{name}: docs/results.md lacks {number}"
+        command = results[name]["made"]["command"]
+        if name in experiments.EXPERIMENTS:  # where it is since it was made
+            command = command.replace("evaluate.py", "experiments.py")
+        assert re.search(re.escape(command) + r"(?= *$| +#| +&&)", text, re.MULTILINE), command
+    shown = {line for line in text.splitlines() if line.startswith("|")}
+    assert shown == rows
+
+    choices = (ROOT / "docs" / "choices.md").read_text().splitlines()
+    for line in ablation_rows(results["ablations"]):
+        assert line in choices, f"docs/choices.md lacks {line}"
 
 
 def test_claims_of_the_results():
-    """What the README says of the tables, checked against the numbers."""
+    """What docs/results.md says of the tables, checked against the numbers."""
     r = json.loads(RESULTS.read_text())
-    assert all(e["spearman"] >= 0.95 and e["n"] >= 64 for e in r["interpolate"]["edges"])
+    assert all(edge["spearman"] >= 0.95 and edge["n"] >= 64 for edge in r["interpolate"]["edges"])
     best = r["classify"]["states"]["prompt, layer 4"]["16"]
     assert best["ci95"][0] > 2 * r["classify"]["chance"]["16"]
-    kept = [
-        (r["people"]["fidelity"][arm], r["rewards"]["table_1"][method]["fidelity"])
-        for arm, method in (("base", "base"), ("ppd", "PPD"))
-    ]
-    assert all(ours["rate"] >= base["rate"] - 0.05 for base, ours in zip(*kept))
     means = r["rewards"]["table_1"]
-    assert all(
-        means["base"]["light"]["mean"] < means[m]["light"]["mean"] < means["PPD"]["light"]["mean"]
-        for m in ("Diffusion-DPO", "SFT")
-    )
-    assert (
-        means["one Diffusion-DPO a reward"]["large"]["mean"] < means["SFT"]["large"]["mean"]
-    )  # where the order does not hold, the README says so
+    kept = [[r["people"]["fidelity"][arm] for arm in ("base", "ppd")]]
+    kept += [[means[method]["fidelity"] for method in ("base", "PPD")]]
+    assert all(ours["rate"] >= base["rate"] - 0.05 for base, ours in kept)
+    light = {method: means[method]["light"]["mean"] for method in METHODS}
+    for method in ("Diffusion-DPO", "SFT"):
+        assert light["base"] < light[method] < light["PPD"]
+    # where the order does not hold, the page says so
+    assert means[UPPER_BOUND]["large"]["mean"] < means["SFT"]["large"]["mean"]
+
+
+def rewards_base(folder, adapter):
+    args = evaluate.parse_args(["rewards", "--adapter", str(folder), "--device", "cpu"])
+    return load_base_for(adapter, args)
 
 
 def test_a_shipped_adapter_scores_as_it_did():
     first = json.loads(RESULTS.read_text())["rewards"]["first"]
-    for method, folder, person in (
+    captions = "a red star, an orange circle, a yellow square, a green circle, a cyan cross"
+    captions += ", a blue cross, a purple triangle, a pink square"
+    captions = sorted(captions.split(", "))
+    prompts = [captions[i % 8] for i in range(12)]
+    seeds = range(10_000, 10_012)
+    for method, folder, user in (
         ("PPD", "onehot", "assets/onehot/warm.pt"),
-        ("one Diffusion-DPO a reward", "onehot/dpo-warm", "zero"),
+        (UPPER_BOUND, "onehot/dpo-warm", "zero"),
     ):
         adapter = UserAdapter.load(ROOT / "assets" / folder)
-        base = load_base(
-            evaluate.arguments(["rewards", "--adapter", "assets/onehot", "--device", "cpu"]),
-            adapter,
-        )
-        captions = sorted(
-            {
-                "a red star",
-                "an orange circle",
-                "a yellow square",
-                "a green circle",
-                "a cyan cross",
-                "a blue cross",
-                "a purple triangle",
-                "a pink square",
-            }
-        )
-        prompts = [captions[i % 8] for i in range(12)]
-        made = generate(
-            base, prompts, [10_000 + i for i in range(12)], adapter, standardised(adapter, person)
-        )
-        off = np.abs(embed.score("warm", made, prompts) - first[method]["warm"])
-        assert np.median(off) < 0.02 and off.max() < 0.3, (
-            off
-        )  # another machine's arithmetic moves a pixel or two
+        base = rewards_base("assets/onehot", adapter)
+        images = generate(base, prompts, seeds, adapter, load_user_embedding(adapter, user))
+        off = np.abs(rewards.score("warm", images, prompts) - first[method]["warm"])
+        # another machine's arithmetic moves a pixel or two
+        assert np.median(off) < 0.02 and off.max() < 0.3, off
 
 
 @pytest.mark.slow
 def test_a_cell_trained_again(tmp_path):
-    """Diffusion-DPO for `warm`, from Table 1, trained again by the README's recipe: the mean reward is within its interval."""
-    script("embed.py", "--one-hot", "light", "warm", "large", "--users", tmp_path / "users")
-    script(
-        "train.py",
-        "--users",
-        tmp_path / "users",
-        "--objective",
-        "dpo",
-        "--only",
-        "warm",
-        "--out",
-        tmp_path / "run",
-        "--preview-every",
-        0,
-    )
-    adapter = UserAdapter.load(tmp_path / "run")
-    base = load_base(evaluate.arguments(["rewards", "--adapter", str(tmp_path / "run")]), adapter)
-    captions = sorted(
-        {
-            r["caption"]
-            for r in embed.read_pairs(tmp_path / "users")[0]
-            if r["split"].startswith("test")
-        }
-    )
+    """Diffusion-DPO for `warm`, from Table 1, trained again by the README's recipe: the mean reward
+    is within its interval."""
+    users = tmp_path / "users"
+    run = tmp_path / "run"
+    script("embed.py", "--one-hot", "light", "warm", "large", "--users", users)
+    how = "--objective dpo --only warm --preview-every 0".split()
+    script("train.py", "--users", users, "--out", run, *how)
+    adapter = UserAdapter.load(run)
+    pairs, _ = read_pairs(users)
+    captions = sorted({row["caption"] for row in pairs if row["split"].startswith("test")})
     prompts = [captions[i % len(captions)] for i in range(200)]
-    again = embed.score(
-        "warm",
-        generate(
-            base,
-            prompts,
-            [10_000 + i for i in range(200)],
-            adapter,
-            torch.zeros_like(adapter.mean)[None],
-        ),
-        prompts,
-    )
-    there = json.loads(RESULTS.read_text())["rewards"]["table_1"]["one Diffusion-DPO a reward"][
-        "warm"
-    ]
-    assert there["ci95"][0] < again.mean() < there["ci95"][1]
+    zero = torch.zeros_like(adapter.mean)[None]
+    images = generate(rewards_base(run, adapter), prompts, range(10_000, 10_200), adapter, zero)
+    again = rewards.score("warm", images, prompts).mean()
+    low, high = json.loads(RESULTS.read_text())["rewards"]["table_1"][UPPER_BOUND]["warm"]["ci95"]
+    assert low < again < high

@@ -222,7 +222,7 @@ def test_pairs_are_keyed_by_seed_and_position(world):
     noise = pairs[5]["noise"]
     again = training_pairs(world)[0][5]
     assert torch.equal(noise, again["noise"]) and torch.equal(pairs[5]["user"], again["user"])
-    for key in ("t", "u_drop", "caption"):
+    for key in ("t", "drop_draw", "caption"):
         assert pairs[5][key] == again[key], key
     assert torch.equal(noise[0], noise[1])
     two = training_pairs(world, separate=True)[0][5]["noise"]
@@ -257,7 +257,7 @@ def test_schema_of_a_micro_batch(world):
         noise=((6, 16, 8, 8), torch.float32),
         t=((3,), torch.float32),
         user=((3, 3), torch.float32),
-        u_drop=((3,), torch.float32),
+        drop_draw=((3,), torch.float32),
     )
     assert torch.equal(batch["tokens"], base.tokenize([pair["caption"] for pair in examples]))
     for i, pair in enumerate(examples):
@@ -266,7 +266,9 @@ def test_schema_of_a_micro_batch(world):
             assert torch.equal(batch[key][3 + i], pair[key][1])
             assert not torch.equal(pair[key][0], pair[key][1])
         assert batch["t"][i] == pytest.approx(pair["t"]) and 0.75 <= pair["t"] <= 1
-        assert batch["u_drop"][i] == pytest.approx(pair["u_drop"]) and 0 <= pair["u_drop"] < 1
+        assert (
+            batch["drop_draw"][i] == pytest.approx(pair["drop_draw"]) and 0 <= pair["drop_draw"] < 1
+        )
         assert torch.equal(batch["user"][i], pair["user"])
     latents = [pair | dict(images=pair["noise"].bfloat16()) for pair in examples]
     cached = data.collate(latents, base.tokenize)["images"]
@@ -397,8 +399,8 @@ train.main(sys.argv[1:])
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_an_unforeseen_error_ends_the_run(ranks, lean, tmp_path):
-    """With workers, whose processes would keep the interpreter waiting: within 20 seconds of the
-    error, with its traceback, and no process is left."""
+    """With workers, whose processes would keep the interpreter waiting: with the error's
+    traceback, within 20 seconds for each process that ends after another, and none is left."""
     torchrun = [*TORCHRUN, "--no-python", sys.executable] if ranks == 2 else []
     flags = train_flags(lean[1], tmp_path / "run", "--micro", 2, "--workers", 2)
     command = [sys.executable, *torchrun, "-c", BY_HAND, *flags]
@@ -413,7 +415,8 @@ def test_an_unforeseen_error_ends_the_run(ranks, lean, tmp_path):
     said = log.read_text()
     assert run.returncode != 0 and "RuntimeError: by hand" in said and "Traceback" in said
     (raised,) = re.findall(r"raised at ([\d.]+)", said)
-    assert ended - float(raised) < 20
+    interpreters = 1 if ranks == 1 else 3  # a rank, then the other, then torchrun
+    assert ended - float(raised) < 20 * interpreters
     started = [int(pid) for pids in re.findall(r"pids ([\d ]+)", said) for pid in pids.split()]
     assert len(started) == 3 * ranks
     for pid in started:
