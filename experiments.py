@@ -112,12 +112,12 @@ def figure_4(result, title, images):
             means[point] = {name: m["mean"] for name, m in entry["means"].items()}
     figure, axes = plots.new_figure(2, 4, size=(4.2, 4.2))
     plots.draw_simplex(axes[0], title, names, {point: images[point] for point in means})
-    for axis, name in zip((axes[1], axes[4], axes[5]), names, strict=True):
+    for axis, name in zip(axes[1:4], names, strict=True):
         values = {point: by_name[name] for point, by_name in means.items()}
         plots.draw_simplex(axis, f"mean {name}", names, values)
     ticks = [f"{w / 10:g}" for w in range(11)]
     pairs = zip(result["edges"][::2], result["edges"][1::2], strict=True)
-    for axis, pair in zip((axes[2], axes[3], axes[6]), pairs, strict=True):
+    for axis, pair in zip(axes[4:7], pairs, strict=True):
         series = {}
         for edge in pair:
             line = [[m["mean"], *m["ci95"]] for m in edge["means"]]

@@ -38,7 +38,8 @@ def finish_axis(axis, title, names, series, **settings):
     axis.grid(axis="y", color="#dddddd")
     axis.spines[["top", "right"]].set_visible(False)
     if len(series) > 1:
-        axis.legend(fontsize=9, loc="best", framealpha=0.9)
+        below = dict(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=2, frameon=False)
+        axis.legend(fontsize=9, **below)
 
 
 def draw_bars(title, series):
@@ -52,7 +53,7 @@ def draw_bars(title, series):
         axis.bar(x, middle, 0.9 * width, color=COLORS[i % len(COLORS)], label=arm)
         axis.errorbar(x, middle, errors, fmt="none", ecolor="black", capsize=2, lw=1)
     axis.axhline(0.5, color="black", lw=1)
-    finish_axis(axis, title, list(rates), series, ylabel="win rate", ylim=(0, 1))
+    finish_axis(axis, title, list(rates), series, ylabel="win rate", ylim=(0, 1.02))
     return to_image(figure)
 
 
@@ -68,9 +69,8 @@ def draw_lines(axis, title, names, series, label):
 
 def draw_simplex(axis, title, corners, values):
     """Images, or numbers in color and digits, over three weights: {(i, j, k) of sum 10: value}."""
-    height = 0.75**0.5
     for (_, j, k), value in values.items():
-        x, y = j / 10 + k / 20, k / 10 * height
+        x, y = j / 10 + k / 20, k / 10 * 0.75**0.5
         if isinstance(value, float):
             low, high = min(values.values()), max(values.values())
             axis.scatter(x, y, s=900, c=[value], vmin=low, vmax=high, cmap="cividis")
@@ -79,7 +79,7 @@ def draw_simplex(axis, title, corners, values):
         else:
             image = value.resize((128, 128), Image.NEAREST)
             axis.imshow(image, extent=(x - 0.075, x + 0.075, y - 0.075, y + 0.075))
-    for name, x, y in zip(corners, (0, 1, 0.5), (-0.125, -0.125, height + 0.125), strict=True):
+    for name, x, y in zip(corners, (0, 1, 0.5), (-0.125, -0.125, 0.75**0.5 + 0.125), strict=True):
         axis.text(x, y, name, ha="center", va="center")
     axis.set(xlim=(-0.15, 1.15), ylim=(-0.2, 1.08), aspect="equal")
     axis.set_title(title, fontsize=11)
@@ -101,6 +101,5 @@ def image_grid(rows, row_labels, column_labels, size=96, pad=4):
         right = (left - pad, top + y * cell + size // 2)
         pen.multiline_text(right, label, "black", font, anchor="rm", align="right")
         for x, image in enumerate(images):
-            image = image.resize((size, size), Image.BICUBIC)
-            sheet.paste(image, (left + x * cell, top + y * cell))
+            sheet.paste(image.resize((size, size)), (left + x * cell, top + y * cell))  # bicubic
     return sheet
