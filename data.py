@@ -136,7 +136,6 @@ def print_splits(rows, dropped):
         print(f"dropped: {reason:<25}{count:>8}")
 
 
-# --------------------------------------------------------- images, groups of four shots
 @lru_cache(None)
 def row_group_starts(file):
     """First row of each of a parquet file's row groups, and the end."""
@@ -205,7 +204,6 @@ def load_shots(data, rows):
     return shots
 
 
-# ------------------------------------------------------------------------ files on disk
 def write_user(folder, user, **fields):
     """<folder>/<user>.pt, atomically; plain values and tensors only. See load_user."""
     record = dict(user=user, shots=[], profile=None, split="train", vlm=None, layer=None, version=1)
@@ -317,7 +315,6 @@ def load_training_data(folder, only=None):
     return rows, embeddings, list(sources.pop()[1:]), settings
 
 
-# ----------------------------------------------------------------- images for training
 class ImagePairs:
     """The two images of a pair, preferred first, from the parquet files: (2, 3, S, S) uint8."""
 
@@ -398,10 +395,8 @@ class CachedLatents:
     def open(self):
         """Read the index; returns self. Raises InputError if a file is missing or broken."""
         if not self.done_path.exists():
-            raise InputError(
-                f"{self.latents_path} is not there; run embed.py --cache-latents with the same "
-                "--base, --dtype and --grid, or move the folder away to train on images"
-            )
+            advice = "run embed.py --cache-latents with the same flags, or move the folder away"
+            raise InputError(f"{self.latents_path} is not there; {advice}")
         index = self.folder / "index.json"
         images = read_json(index).get("images")
         if not isinstance(images, list):
@@ -468,7 +463,6 @@ def open_images(data, latents, rows, codec, dtype):
     return cached
 
 
-# --------------------------------------------------------------------- training examples
 @lru_cache(2)
 def epoch_order(seed, epoch, n):
     return np.random.default_rng([seed, epoch]).permutation(n)
@@ -507,10 +501,8 @@ class PreferencePairs(Dataset):
         group = row["groups"][int(group_draw * len(row["groups"]))]
         user = self.embeddings[row["user"]][group]
         t = self.t_min + (1 - self.t_min) * time_draw
-        caption = row["caption"]
-        return dict(
-            caption=caption, images=images, noise=noise, t=t, user=user, drop_draw=drop_draw
-        )
+        example = dict(caption=row["caption"], images=images, noise=noise)
+        return example | dict(t=t, user=user, drop_draw=drop_draw)
 
     def load(self, index):
         """The pair at an index, and its images; for a broken one, which is named, the next one."""

@@ -95,7 +95,6 @@ def check_args(args, error):
         error("--validation-captions and --test-captions leave no caption to train on")
 
 
-# ------------------------------------------------------- what the VLM is asked (Sec. 4.2)
 # the chat format of https://huggingface.co/llava-hf/llava-onevision-qwen2-7b-ov-hf, Qwen2's
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
 INTRO = "A person was shown pairs of pictures, each pair drawn for one caption, and chose from "
@@ -133,7 +132,6 @@ def strip_markup(caption):
     return " ".join(re.sub(r"<image>|<video>|<\|.*?\|>", " ", caption).split())
 
 
-# -------------------------------------------------------------------- the VLM (Sec. 4.2)
 def load_vlm(name, device):
     """LLaVA-OneVision, frozen: (model, tokenizer, image processor). name: "tiny", a hub id or a
     folder in its layout. Raises InputError if it cannot be loaded."""
@@ -220,7 +218,6 @@ def embed_users(vlm, groups, layer=-1, profile=False):
     return torch.stack([state[rows, last] for state in states], 1).float().cpu(), texts
 
 
-# ------------------------------------------------------------------------- users to files
 def embed_all_users(args, rows, settings):
     """Sec. 4.2: the VLM reads every user with four choices or more, one embedding a group; seen
     users from their train captions only, unseen ones from those that nobody is tested on. Under
@@ -311,11 +308,12 @@ def pair_users_with_groups(args, user_rows, groups, settings):
             elif row["split"] != "shots":
                 n_overlapping += 1
     data.write_pairs(args.users, pairs, settings)
+    n_few = len(user_rows) - len(groups)
+    why = "every group of their user contains them or one of their images"
     print(
-        f"{len(groups)} users, {n_groups_read} groups read; {len(user_rows) - len(groups)} have "
-        f"fewer than {args.shots} choices; {len(pairs)} pairs, {n_overlapping} dropped because "
-        f"every group of their user contains them or one of their images"
+        f"{len(groups)} users, {n_groups_read} groups; {n_few} have fewer than {args.shots} choices"
     )
+    print(f"{len(pairs)} pairs, {n_overlapping} dropped because {why}")
 
 
 def embed_custom_user(args):
@@ -360,7 +358,6 @@ def read_own_choices(source):
     return shots
 
 
-# ---------------------------------------------------------------------- cached latents
 @torch.no_grad()
 def cache_latents(args):
     """Encode a users folder's training and validation images once: training then reads 18 KB an
@@ -402,7 +399,6 @@ def cache_latents(args):
     print(f"-> {latents.folder}: {len(keys)} more images of {latents.shape} {name}{broken}")
 
 
-# --------------------------------------------------------------------------------- main
 def make_users(args):
     """Rows -> splits -> users; see the module's docstring."""
     args.data = find_data(args.data or "data/tiny")

@@ -105,7 +105,6 @@ def read_results(args):
     return utils.read_json(path) if path.exists() else {}
 
 
-# --------------------------------------------------------------------------- statistics
 def wilson(rate, n, z=1.96):
     """95% interval of a rate by Wilson's score: honest at 0 and 1 too, where a bootstrap's is 0."""
     center = rate + z * z / (2 * n)
@@ -149,7 +148,6 @@ def ridge(x, y, strength=10.0):
     return lambda new: add_ones(new) @ solution
 
 
-# ------------------------------------------------------------------------------- report
 def format_ci(r, form=".3f"):
     return f"{r['ci95'][0]:{form}} to {r['ci95'][1]:{form}}"
 
@@ -200,7 +198,6 @@ def report(args, result, table, images):
     print("-> " + ", ".join(map(str, files)))
 
 
-# -------------------------------------------------------------------------- what is read
 def load_run(args):
     """The adapter, its users' folder and pairs, and the settings of these; --data goes first."""
     read_results(args)  # a broken file is better known now than after the work
@@ -247,9 +244,8 @@ def select_test_pairs(users, pairs, **counts):
     for kind, n in counts.items():
         rows = [row for (split, _), row in first.items() if split == f"test-{kind}"]
         if len(rows) < 2:
-            raise InputError(
-                f"--users {users}: {len(rows)} {kind} users to test; expected 2 or more"
-            )
+            found = f"{len(rows)} {kind} users to test"
+            raise InputError(f"--users {users}: {found}; expected 2 or more")
         selected[kind] = sorted(rows, key=lambda row: hash_fraction("evaluation", row["user"]))[:n]
     return selected
 

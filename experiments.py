@@ -44,7 +44,6 @@ def parse_args(argv=None):
     return args
 
 
-# ------------------------------------------------ Fig. 4: between three rewards (Sec. 5.1)
 def interpolate(args):
     """Fig. 4: weights of three rewards, 11 along each edge and the corners of a grid of fifths
     inside; the mean score of --n images each, with the same captions and noise everywhere."""
@@ -141,7 +140,6 @@ def interpolate_table(result):
     return evaluate.markdown_table([*header, "mean at weight 0", "at 1"], rows)
 
 
-# ------------------------------------------ Fig. 2: whose embedding is this? (Sec. 4.2)
 def classify(args):
     """Fig. 2: a classifier from a frozen embedding of one four-shot group to its user, by the VLM's
     layer, read after the prompt (--users) and after a written profile (--profile-users).
@@ -302,7 +300,6 @@ def classify_table(result):
     return evaluate.markdown_table(header, rows)
 
 
-# ---------------------------------------------- Fig. 6: the profile in words instead (Sec. 5.2)
 def profiles(args):
     """Fig. 6: the profile that the VLM writes of unseen users, appended to the caption, against
     PPD: base, Diffusion-DPO (in --baselines), both again with the profile, PPD; one held-out

@@ -121,10 +121,9 @@ class UserAdapter(nn.Module):
         InputError if the adapter was made for layers of other widths."""
         widths = [layer.to_q.in_features for layer in attention_layers]
         if widths != self.channels:
-            ours, theirs = (
-                f"{len(c)} attention layers of widths {sorted(set(c))}"
-                for c in (self.channels, widths)
-            )
+            describe = "{} attention layers of widths {}".format
+            ours = describe(len(self.channels), sorted(set(self.channels)))
+            theirs = describe(len(widths), sorted(set(widths)))
             raise InputError(f"{self.path} is for a base with {ours}; this base has {theirs}")
         for layer, to_k, to_v in zip(attention_layers, self.to_k, self.to_v, strict=True):
             layer.set_processor(UserAttnProcessor(self, to_k, to_v))

@@ -89,7 +89,6 @@ def find_adapter(users):
             return str(folder)
 
 
-# ------------------------------------------------------------------------------- inputs
 def read_prompts(source):
     """Captions of a text file, one a line; of a .tsv's Prompt column, quotation marks kept (some of
     PartiPrompts begin with one); or of PartiPrompts.tsv in a dataset repository."""
@@ -140,7 +139,6 @@ def load_user_embedding(adapter, name, group=0):
     return adapter.standardize(embedding[group, -1:].to(adapter.mean))
 
 
-# ------------------------------------------------------------------------------- images
 @torch.no_grad()
 def generate(base, prompts, seeds, adapter=None, user=None, batch=32, desc=None, **settings):
     """PIL images of prompts, one seed each.

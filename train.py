@@ -78,12 +78,7 @@ def parse_args(argv=None):
     add("--warmup", type=int, help="steps of linear warm-up " + by_base("warmup"))
     add("--decay", choices=("constant", "cosine"), help="of the rate " + by_base("decay"))
     add("--clip", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
-    add(
-        "--user-drop",
-        type=float,
-        default=0.1,
-        help="share of pairs without user (default: %(default)s)",
-    )
+    add("--user-drop", type=float, default=0.1, help="share of pairs without user (%(default)s)")
     add("--noise", choices=("shared", "separate"), default="shared", help="of a pair's images")
     add("--tokens", type=int, help="user tokens " + by_base("tokens"))
     add("--token-dim", type=int, help="their width " + by_base("token_dim"))
@@ -222,7 +217,6 @@ def validate(base, adapter, batches, args):
     return means
 
 
-# --------------------------------------------------------------------- the optimizer step
 def accumulate_gradient(step, args, base, adapter, batches, stop, save):
     """The gradient of one optimizer step: accumulated, summed over ranks and clipped.
 

@@ -116,10 +116,8 @@ def load_checkpoint(folder, config):
     before = state.get("config", {})
     different = [key for key in config if key in before and before[key] != config[key]]
     if different:
-        changes = "; ".join(
-            f"{flag(key)} is {config[key]}, but was {before[key]}" for key in different
-        )
-        raise InputError(f"{changes} when the run in {folder} began")
+        changes = [f"{flag(key)} is {config[key]}, but was {before[key]}" for key in different]
+        raise InputError(f"{'; '.join(changes)} when the run in {folder} began")
     return state
 
 

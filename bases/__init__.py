@@ -3,6 +3,7 @@
 A base is a class (no base class: these names are all that the scripts use) with
 
     name, device, dtype      as it was loaded
+    prior, tokenizer, codec  the network itself (a diffusers model), and what serves it
     attention_layers()       diffusers' Attention modules that the adapter hooks, in order
     channels                 their widths, what UserAdapter takes
     latent_shape             (C, h, w) of one image
@@ -20,8 +21,8 @@ A base is a class (no base class: these names are all that the scripts use) with
     decode(latents, prompts, seeds)   -> PIL images
     compile_blocks()         torch.compile for training
 
-and a codec, which alone makes cached latents: image_size, resample, latent_shape, encode(pixels in
-[0, 1]) and digest(), a fingerprint of its encoder.
+A codec alone makes cached latents: image_size, resample, latent_shape, encode(pixels in [0, 1]) and
+digest(), a fingerprint of its encoder.
 """
 
 from bases.cascade import StableCascade, encode_pixels, load_codec

@@ -23,7 +23,6 @@ import utils
 from data import fit_pixels
 from utils import InputError
 
-DECODER = "stabilityai/stable-cascade"
 BLOCKS = ("SDCascadeResBlock", "SDCascadeAttnBlock", "SDCascadeTimestepBlock")  # Stage C's parts
 
 
@@ -58,9 +57,8 @@ class StableCascade:
             self.tokenizer = tokenizer_class.from_pretrained(folder, subfolder="tokenizer")
             self.codec = load_codec(self.name, self.device, self.dtype, decoder, grid)
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"--base {name}: cannot load {folder}: {utils.first_line(error)}"
-            ) from None
+            problem = f"cannot load {folder}: {utils.first_line(error)}"
+            raise InputError(f"--base {name}: {problem}") from None
         self.codec.set_text_model(self.tokenizer, self.text_encoder)
         self.scheduler = make_scheduler(self.device)
         self.latent_shape = self.codec.latent_shape
@@ -222,7 +220,7 @@ def load_codec(name, device, dtype, decoder=None, grid=24):
     folder, _ = find_base(name)
     if isinstance(folder, Path) and (folder / "codec").is_dir():
         return PatchCodec.load(folder / "codec" / "codec.safetensors").to(device, dtype)
-    return CascadeCodec(decoder or DECODER, device, dtype, grid)
+    return CascadeCodec(decoder or "stabilityai/stable-cascade", device, dtype, grid)
 
 
 def encode_pixels(codec, pixels, dtype):

@@ -150,24 +150,6 @@ def small_effnet():
     }
 
 
-def small_text_encoder(tokenizer):
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
-
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in TOKENS}
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        projection_dim=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        hidden_act="gelu",
-        **ids,
-    )
-    return CLIPTextModelWithProjection(config)
-
-
-TOKENS = ("bos", "eos", "pad")
 CLIP_TEXT = dict(
     hidden_size=32,
     intermediate_size=128,
@@ -305,11 +287,14 @@ def write_pickapic(folder, users=24, pairs=14):
 def put_bases(cache, tokenizer):
     """Stage C in two sizes, its text encoder, Stages A and B, and the image encoder."""
     from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
+    assert len(tokenizer) == CLIP_TEXT["vocab_size"]
     prior = put(cache, PRIOR)
     stages = put(cache, STAGES)
     torch.manual_seed(0)
-    text = small_text_encoder(tokenizer)
+    text = CLIPTextConfig(**CLIP_TEXT | dict(projection_dim=32, intermediate_size=64))
+    text = CLIPTextModelWithProjection(text)
     models = {prior / "prior": small_prior(128), prior / "prior_lite": small_prior(64)}
     models |= {prior / "text_encoder": text, stages / "decoder": small_stage_b()}
     for folder, model in models.items():

@@ -74,7 +74,6 @@ def training_loop(out, steps, lr, models, optimizer, loss_of, save_every, carry,
             utils.save_checkpoint(out, config=config, carry=carry, step=step + 1, **state)
 
 
-# ---------------------------------------------------------------- the small base checkpoint
 def make_tokenizer(max_length=16):
     """A CLIPTokenizer with a token for each word of the world; other text falls back to bytes."""
     alphabet = sorted(ByteLevel.alphabet())
@@ -223,7 +222,6 @@ def train_base(out, steps, batch, lr, seed, pictures, width, layers, init, lean,
     (out / "state.pt").unlink()
 
 
-# ----------------------------------------------------------------------- the small VLM
 def make_vlm_tokenizer():
     """One token for every word of the world and for every fixed piece of embed.py's prompts; any
     other text falls back to bytes."""

@@ -66,7 +66,6 @@ ARROW_TYPES |= dict.fromkeys(("jpg_0", "jpg_1"), pa.binary())
 ARROW_TYPES |= dict.fromkeys(("label_0", "label_1"), pa.float64())
 
 
-# ------------------------------------------------------------------------------ images
 def outline(shape):
     """Corners of a shape in the unit square, x right, y down, touching its sides where it can."""
     if shape == "square":
@@ -189,7 +188,6 @@ def fidelity(images, captions):
     return [int(a == b) for a, b in zip(recognize(images), wanted, strict=True)]
 
 
-# ------------------------------------------------------------------------------- users
 def draw_users(n, seed):
     """n sparse tastes, (n, 5): one or two signed weights on the standardized axes, of total length
     1, plus everyone's SHARED_LIGHT_BIAS; and each user's words, e.g. ["dark", "large"]."""
@@ -235,7 +233,6 @@ def taste_posterior(z):
     return posterior / posterior.sum(1, keepdims=True)
 
 
-# -------------------------------------------------------------------- preference data
 def draw_pairs(rng, n):
     """n pairs that one user is shown: (caption, whether the last winner stays, image, image)."""
     pairs = []
