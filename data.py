@@ -1,9 +1,9 @@
 """Preference data: rows and splits, images, four-shot groups, user files, the training dataset.
 
-The way of a pair: read_rows (metadata of the parquet files) -> split_rows (Sec. 5.2's splits) ->
-pairs.parquet (write_pairs, read_pairs) -> PreferencePairs (one training example) -> collate (a
-micro-batch). Images are read from the parquet files (ImagePairs), or their latents from a cache
-that `embed.py --cache-latents` made (CachedLatents).
+The way of a pair: read_rows -> split_rows (Sec. 5.2) -> embed.py or rewards.py (whose it is, which
+groups may condition it) -> pairs.parquet (write_pairs, read_pairs) -> PreferencePairs (a training
+example) -> collate (a micro-batch). Images come from the parquet files (ImagePairs), or their
+latents from a cache (CachedLatents, `embed.py --cache-latents`).
 """
 
 import contextlib
@@ -122,8 +122,13 @@ def split_rows(rows, validation, test, unseen):
     return fresh, dropped
 
 
+def image_key(row, side):
+    """An image recurs under one id; one without an id is only itself."""
+    return str(row.get(f"image_{side}_uid") or f"{row['file']} {row['row']} {side}")
+
+
 def image_ids(row):
-    return {row["image_0_uid"], row["image_1_uid"]}
+    return {image_key(row, 0), image_key(row, 1)}
 
 
 def print_splits(rows, dropped):
@@ -352,17 +357,13 @@ class SingleImages(Dataset):
             print(f"left out: {problem}", file=sys.stderr)
 
 
-def image_key(row, side):
-    """An image recurs under one id; one without an id is only itself."""
-    return str(row.get(f"image_{side}_uid") or f"{row['file']} {row['row']} {side}")
-
-
 class CachedLatents:
     """Latents of a data set's images, encoded once: what ImagePairs gives as (2, C, h, w) latents.
 
-    A folder beside the data (or --latents), for all its users folders: index.json, the images' ids
-    in the order of the data's rows, and for every codec, size and dtype two memory-mapped arrays,
-    <name>.npy, (images, C, h, w), bfloat16 as uint16, and <name>.done.npy, 1 where one is encoded.
+    A folder beside the data (or --latents) that all users folders share: index.json, the images'
+    ids in the order of the data's rows, and for every codec, size and dtype two memory-mapped
+    arrays, <name>.npy, (images, C, h, w), nan where an image is broken, bfloat16 as uint16, and
+    <name>.done.npy, 1 where one is encoded.
     """
 
     kind = "cached latents"

@@ -157,7 +157,7 @@ def format_mean(r):
 
 
 def rate_cells(r):
-    """What rate_ci() or compare() returned as two cells, the rate and its interval."""
+    """Two cells, rate and interval, of what rate_ci() or compare() returned."""
     rate = r.get("rate", r.get("win_rate"))
     return [f"{rate:.3f}", format_ci(r)] if r["n"] else ["-", "-"]
 
@@ -199,8 +199,8 @@ def report(args, result, table, images):
 
 
 def load_run(args):
-    """The adapter, its users' folder and pairs, and the settings of these; --data goes first."""
-    read_results(args)  # a broken file is better known now than after the work
+    """The adapter, its users' folder and pairs, and embed.py's settings; --data overrides them."""
+    read_results(args)  # a broken file stops here, not after the work
     adapter = UserAdapter.load(args.adapter)
     users = Path(args.users or adapter.header.get("users", "users"))
     pairs, settings = read_pairs(users)
@@ -239,7 +239,7 @@ def rows_by_id(data):
 
 def select_test_pairs(users, pairs, **counts):
     """A held-out pair of each of so many users, by hash: seen=n, unseen=n -> {kind: rows}."""
-    first = {(row["split"], row["user"]): row for row in reversed(pairs)}
+    first = {(row["split"], row["user"]): row for row in reversed(pairs)}  # the first row wins
     selected = {}
     for kind, n in counts.items():
         rows = [row for (split, _), row in first.items() if split == f"test-{kind}"]
@@ -256,7 +256,7 @@ def load_embeddings(adapter, folder, names):
 
 
 def load_profiles(args, users, names, data):
-    """What the VLM writes of users' first group after "User profile:", or wrote for embed.py."""
+    """What the VLM wrote, or writes now, of each user's first group after "User profile:"."""
     files = [load_user(users / f"{name}.pt") for name in names]
     texts = [file["profile"][0] if file["profile"] else None for file in files]
     if None in texts:
@@ -266,7 +266,7 @@ def load_profiles(args, users, names, data):
         for i in tqdm(range(0, len(files), step), "writing profiles", leave=False, disable=None):
             groups = [load_shots(data, rows(file["shots"][0])) for file in files[i : i + step]]
             _, texts[i : i + step] = embed.embed_users(vlm, groups, profile=True)
-        del vlm  # a GPU has better use for its memory
+        del vlm  # free its memory
         torch.cuda.empty_cache()
     profiles = [re.split(r"user profile\W*:\W*", t, flags=re.IGNORECASE)[-1] for t in texts]
     return [" ".join(profile.split()).rstrip(".") for profile in profiles]

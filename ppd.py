@@ -60,8 +60,8 @@ class UserAdapter(nn.Module):
         self.to_v = nn.ModuleList(nn.Linear(token_dim, c, bias=False) for c in channels)  # W'_v
         for layer in self.to_v:
             nn.init.zeros_(layer.weight)
-        self.path = "this adapter"  # where load() read it from, and what its header says
-        self.header = {}
+        self.path = "this adapter"  # where load() read it from
+        self.header = {}  # what the file's header says
         self.user_condition = None  # (tokens, scale) inside `with adapter.user(...)`
         self.compiled = False  # train.py --compile sets it; see reference()
 
@@ -86,14 +86,14 @@ class UserAdapter(nn.Module):
 
     @contextlib.contextmanager
     def user(self, tokens, scale=1.0):
-        """Inside the block the base is the policy: every UserAttnProcessor reads these tokens. Keep
-        backward inside too: activation checkpointing reads them again there.
+        """Inside the block the base predicts as the policy: every UserAttnProcessor reads these
+        tokens. Keep backward inside too: activation checkpointing runs the layers again there.
 
-        tokens: (B, L, d), for a batch of B rows, or of r x B rows in r equal parts
+        tokens: (B, L, d), for a batch of B rows, or r times the B users one after the other
         scale: multiplies the user term of Eq. 7
         """
         if self.compiled:
-            scale = tokens.new_full((), scale)  # as a tensor it makes no new graph
+            scale = tokens.new_full((), scale)  # another float would compile again
         self.user_condition = (tokens, scale)
         try:
             yield
@@ -102,7 +102,7 @@ class UserAdapter(nn.Module):
 
     @contextlib.contextmanager
     def reference(self, tokens):
-        """Inside the block the base is the reference: the same network without the user term.
+        """Inside the block the base predicts as the reference, without the user term.
 
         tokens: the policy's, used only if compiled. Graphs with and without a user would round
         differently then, and the first loss would miss ln 2: so the reference runs the policy's

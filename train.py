@@ -78,7 +78,9 @@ def parse_args(argv=None):
     add("--warmup", type=int, help="steps of linear warm-up " + by_base("warmup"))
     add("--decay", choices=("constant", "cosine"), help="of the rate " + by_base("decay"))
     add("--clip", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
-    add("--user-drop", type=float, default=0.1, help="share of pairs without user (%(default)s)")
+    add(
+        "--user-drop", type=float, default=0.1, help="share of pairs of the zero user (%(default)s)"
+    )
     add("--noise", choices=("shared", "separate"), default="shared", help="of a pair's images")
     add("--tokens", type=int, help="user tokens " + by_base("tokens"))
     add("--token-dim", type=int, help="their width " + by_base("token_dim"))
@@ -144,46 +146,46 @@ def to_device(batch, device):
 
 
 # ----------------------------------------------------------------------- one micro-step
-def micro_step(base, adapter, batch, beta, user_drop=0.0, pairs_a_step=None):
+def micro_step(base, adapter, batch, beta, user_drop=0.0, pairs_per_step=None):
     """Eq. 6 on a micro-batch of B pairs, and its gradient.
 
     batch: see data.collate
     user_drop: share of pairs whose user is zeroed; 1 makes it Diffusion-DPO (Eq. 3)
-    pairs_a_step: what the sum of the losses is divided by for backward; None: no backward
+    pairs_per_step: what the sum of the losses is divided by for backward; None: no backward
     Returns the losses (B,) and (B,) tensors to log. Nothing here waits for the GPU.
     """
     batch = to_device(batch, base.device)
-    x_t, t, target, conditions = add_noise(base, batch)
-    user_tokens = adapter(batch["user"], drop=batch["drop_draw"] < user_drop)  # one user a pair
-    # the reference model: the same network without the user term, no gradient
+    x_t, t, target, conditions = noised_inputs(base, batch)
+    user_tokens = adapter(batch["user"], drop=batch["drop_draw"] <= user_drop)  # (B, L, d)
+    # the reference model: the same network without the user term, detached
     with adapter.reference(user_tokens):
         pred_ref = base.predict(x_t, t, *conditions).detach()
     # the policy: the same network; every attention layer reads the user's tokens
     with adapter.user(user_tokens):
         pred = base.predict(x_t, t, *conditions)
         losses, log = ppd_loss(pred, pred_ref, target, beta)
-        if pairs_a_step:
-            (losses.sum() / pairs_a_step).backward()
+        if pairs_per_step:
+            (losses.sum() / pairs_per_step).backward()
     return losses.detach(), log
 
 
-def sft_micro_step(base, adapter, batch, user_drop=0.0, pairs_a_step=None):
-    """The SFT baseline: Eq. 1 on the preferred images, given the user; else as micro_step."""
+def sft_micro_step(base, adapter, batch, user_drop=0.0, pairs_per_step=None):
+    """The SFT baseline: Eq. 1 on the preferred images, given the user. As micro_step otherwise."""
     batch = to_device(batch, base.device)
-    x_t, t, target, conditions = add_noise(base, batch, images_per_pair=1)
-    with adapter.user(adapter(batch["user"], drop=batch["drop_draw"] < user_drop)):
+    x_t, t, target, conditions = noised_inputs(base, batch, images_per_pair=1)
+    with adapter.user(adapter(batch["user"], drop=batch["drop_draw"] <= user_drop)):
         losses = denoising_error(base.predict(x_t, t, *conditions), target)
-        if pairs_a_step:
-            (losses.sum() / pairs_a_step).backward()
+        if pairs_per_step:
+            (losses.sum() / pairs_per_step).backward()
     return losses.detach(), dict(error_preferred=losses.detach())
 
 
-def add_noise(base, batch, images_per_pair=2):
+def noised_inputs(base, batch, images_per_pair=2):
     """A micro-batch's x_t and target (2B, C, h, w), t (2B,) and conditions, the preferred first;
     with images_per_pair=1 of the preferred images alone, (B, ...)."""
     n = images_per_pair * len(batch["t"])
     images = batch["images"][:n]
-    latents = base.encode_pixels(images) if images.dtype == torch.uint8 else images  # or cached
+    latents = base.encode_pixels(images) if images.dtype == torch.uint8 else images  # cached ones
     noise = batch["noise"][:n]
     t = batch["t"].repeat(images_per_pair)
     conditions = base.encode_tokens(batch["tokens"])
@@ -206,7 +208,7 @@ def validate(base, adapter, batches, args):
     user_drop = 1.0 if args.objective == "dpo" else 0.0
     for batch in batches:
         losses, log = micro_step(base, adapter, batch, args.beta, user_drop)
-        if args.objective != "sft":  # whose own loss is another quantity
+        if args.objective != "sft":  # it trains another loss
             log = dict(loss=losses, **log)
         for key, value in log.items():
             values.setdefault(f"validation_{key}", []).extend(value.tolist())
@@ -240,7 +242,7 @@ def accumulate_gradient(step, args, base, adapter, batches, stop, save):
         if stop and not saved:
             save(step)
             saved = True
-    local_loss = total[0]
+    local_loss = total[0]  # of this rank
     parameters = list(adapter.parameters())
     total = torch.cat([total / args.batch, total.new_full((1,), len(stop))])
     if world_size > 1:  # the only exchange of training

@@ -134,7 +134,7 @@ class StableCascade:
         """eps_theta(x_t, c, u, t) -> (B, C, h, w); text, pooled: see encode_tokens."""
         # without clip_img the network silently drops the text tokens as well
         no_image = x_t.new_zeros(len(x_t), 1, self.prior.config.clip_image_in_channels)
-        t = self.cast_timesteps(t).to(self.dtype)
+        t = t.to(self.dtype)
         out = self.prior(x_t, t, clip_text_pooled=pooled, clip_text=text, clip_img=no_image)
         return out.sample
 

@@ -104,7 +104,7 @@ def test_the_policy_begins_as_the_reference_compiled_too(dtype, world, monkeypat
         if compiled:
             base.compile_blocks()
         batch = data.collate([pairs[i] for i in range(4)], base.tokenize)
-        losses, log = train.micro_step(base, adapter, batch, 1.0, 0.1, pairs_a_step=4)
+        losses, log = train.micro_step(base, adapter, batch, 1.0, 0.1, pairs_per_step=4)
         assert torch.equal(losses, torch.full((4,), math.log(2)))
         assert log["implicit_accuracy"].tolist() == [0.5] * 4
         assert torch.equal(log["error_dispreferred"], log["error_ref_dispreferred"])
@@ -281,12 +281,12 @@ def test_resume_is_exact(world, trained, tmp_path, monkeypatch):
     flags = [*FOUR_STEPS, "--resume"]
     real, calls = train.micro_step, []
 
-    def interrupted(base, adapter, batch, beta, user_drop, pairs_a_step=None):
-        if pairs_a_step:  # not validation
+    def interrupted(base, adapter, batch, beta, user_drop, pairs_per_step=None):
+        if pairs_per_step:  # not validation
             calls.append(1)
             if len(calls) == 2:  # in the middle of step 1
                 os.kill(os.getpid(), signal.SIGTERM)
-        return real(base, adapter, batch, beta, user_drop, pairs_a_step)
+        return real(base, adapter, batch, beta, user_drop, pairs_per_step)
 
     with monkeypatch.context() as patched:
         patched.setattr(train, "micro_step", interrupted)
