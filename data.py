@@ -43,7 +43,6 @@ IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # others m
 CACHE_AGAIN = "delete it and its .done.npy and run embed.py --cache-latents again"
 
 
-# ------------------------------------------------------------------------- rows and splits
 def read_rows(data):
     """Every row's metadata: dicts with COLUMNS plus `file` (inside the folder) and `row` (inside
     the file); no image of Pick-a-Pic's 335 GB is read. Raises InputError naming file and column."""

@@ -307,10 +307,8 @@ def write_data(out, users=1000, pairs=20, seed=1):
     truth = dict(stats=stats, axes=list(AXES), tastes=tastes.tolist(), words=words)
     (temporary / "people.json").write_text(json.dumps(truth))
     os.rename(temporary, out)
-    print(
-        f"{out}: {len(rows)} pairs of {users} users; ties {ties:.1%}; labels agree with the true "
-        f"taste {agreement:.1%}; the lighter image wins {lighter:.1%}"
-    )
+    numbers = f"ties {ties:.1%}; labels agree with the true taste {agreement:.1%}"
+    print(f"{out}: {len(rows)} pairs of {users} users; {numbers}; lighter wins {lighter:.1%}")
 
 
 def parse_args(argv=None):
