@@ -410,7 +410,7 @@ def load_reward_run(args, default_n):
     names = {row["user"] for row in pairs}
     unknown = sorted(names - world.WORDS.keys() - REWARDS.keys())
     if unknown:
-        raise InputError(f"--users {users}: {unknown[0]!r} is no reward, as of embed.py --one-hot")
+        raise InputError(f"--users {users}: {unknown[0]!r} is no reward; see embed.py --one-hot")
     names = sorted(names, key=lambda name: load_user(users / f"{name}.pt")["embedding"].argmax())
     held_out = sorted({row["caption"] for row in pairs if row["split"].startswith("test")})
     captions = read_prompts(args.prompts) if args.prompts else held_out

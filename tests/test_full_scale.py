@@ -813,13 +813,19 @@ class Judge(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.fixture(scope="module")
+def tiny_run(people, tmp_path_factory):
+    """An adapter for users on the small world, hardly trained."""
+    run = str(tmp_path_factory.mktemp("judged") / "run")
+    training = "--max-steps 2 --batch 8 --micro 8 --preview-every 0 --device cpu".split()
+    train.main(["--users", str(people[1]), "--out", run, *training])
+    return run
+
+
 @pytest.fixture
-def judge(people, tmp_path, monkeypatch):
+def judge(tiny_run, tmp_path, monkeypatch):
     """evaluate.py judge on the small world against a local server: judge(mode, *flags) ->
     results."""
-    run = tmp_path / "run"
-    training = "--max-steps 2 --batch 8 --micro 8 --preview-every 0 --device cpu".split()
-    train.main(["--users", str(people[1]), "--out", str(run), *training])
     server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
@@ -832,7 +838,7 @@ def judge(people, tmp_path, monkeypatch):
         Judge.asked = 0
         Judge.seen.clear()
         out = tmp_path / (out or mode)
-        evaluate.main([*asking, "--adapter", str(run), "--out", str(out), *flags])
+        evaluate.main([*asking, "--adapter", tiny_run, "--out", str(out), *flags])
         result = json.loads((out / "evaluation.json").read_text())["judge"]
         return dict(result["people"], accuracy=result["accuracy"])
 
@@ -892,7 +898,7 @@ def test_a_judge_killed_half_way_goes_on(judge, tmp_path):
 @pytest.mark.parametrize("mode", TORN)
 def test_a_reply_that_is_no_chat_completion_stops_the_run(mode, judge, tmp_path):
     line = stopping_line(judge, mode, out="torn")
-    assert re.search(r"/v1: \w+Error: \w", line)  # says what was wrong
+    assert re.search(r"/v1: \w+Error: \S", line)  # says what was wrong
     assert Judge.asked <= 4
     assert len((tmp_path / "torn" / "judge.jsonl").read_text().splitlines()) == 1  # the settings
 
