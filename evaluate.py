@@ -272,7 +272,6 @@ def load_profiles(args, users, names, data):
     return [" ".join(profile.split()).rstrip(".") for profile in profiles]
 
 
-# ------------------------------------------------------------------ Fig. 5: drawn users
 def evaluate_users(args):
     """Sec. 5.2: users whom the VLM read from four choices, seen and unseen, one held-out caption
     each: win rate over the base, and mean true reward (by people.json, which nothing else reads).
@@ -356,7 +355,6 @@ def people_table(result):
     )
 
 
-# --------------------------------------------- Table 1, Fig. 3: synthetic users (Sec. 5.1)
 def run_python(script, *flags):
     """Run another script of this folder; its output is shown."""
     words = [str(word) for word in flags]
@@ -514,7 +512,6 @@ def rewards_table(result):
     return "\n\n".join(markdown_table(table[0], table[1:]) for table in (means, wins, crossed))
 
 
-# ------------------------------------------------------- Fig. 5: a judge in the user's place
 def query_judge(client, args, text, images):
     """An OpenAI-compatible endpoint's answer to a prompt with one <image> an image; InputError."""
     words, *others = text.split("<image>")

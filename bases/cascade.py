@@ -10,10 +10,8 @@ from collections import OrderedDict
 from functools import cached_property
 from pathlib import Path
 
-import diffusers
 import einops
 import torch
-import transformers
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -37,6 +35,9 @@ class StableCascade:
     """
 
     def __init__(self, name="tiny", device="cpu", dtype=None, decoder=None, grid=24):
+        import diffusers  # where needed: importing these two takes seconds
+        import transformers
+
         for library in (diffusers, transformers):  # their bars and notices would hide our lines
             library.utils.logging.set_verbosity_error()
             library.utils.logging.disable_progress_bar()
@@ -194,7 +195,9 @@ def attention_layers(prior):
 
 def make_scheduler(device):
     """The release's noise schedule; its constants on the device, or each use would wait for it."""
-    scheduler = diffusers.DDPMWuerstchenScheduler()
+    from diffusers import DDPMWuerstchenScheduler
+
+    scheduler = DDPMWuerstchenScheduler()
     scheduler.s = scheduler.s.to(device)
     scheduler._init_alpha_cumprod = scheduler._init_alpha_cumprod.to(device)
     return scheduler
@@ -272,6 +275,7 @@ class CascadeCodec:
     def decoder_pipeline(self):
         """Stages B and A as diffusers' own pipeline, from its parts: the pipeline's from_pretrained
         looks for Stage A's class where diffusers no longer has it."""
+        import diffusers
         from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
 
         def load(cls, part, **settings):
@@ -283,10 +287,9 @@ class CascadeCodec:
             stage_a = load(PaellaVQModel, "vqgan")
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"--decoder {self.repo}: {utils.first_line(error)}") from None
-        stages = dict(decoder=stage_b, vqgan=stage_a, latent_dim_scale=10.67)
+        stages = dict(decoder=stage_b, vqgan=stage_a, latent_dim_scale=10.67) | self.text_model
         scheduler = diffusers.DDPMWuerstchenScheduler()
-        settings = stages | self.text_model | dict(scheduler=scheduler)
-        pipeline = diffusers.StableCascadeDecoderPipeline(**settings)
+        pipeline = diffusers.StableCascadeDecoderPipeline(**stages, scheduler=scheduler)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline.to(self.device)
 

@@ -195,7 +195,7 @@ def test_a_full_disk_loses_nothing(lean, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------- several ranks
 def test_a_dying_rank_ends_the_job_and_a_restart_resumes(lean, tmp_path):
     out = tmp_path / "run"
-    flags = ["--users", lean[1], "--out", out, "--max-steps", 40, "--save-every", 1, "--resume"]
+    flags = ["--users", lean[1], "--out", out, "--max-steps", 20, "--save-every", 1, "--resume"]
 
     def shoot(job):
         """SIGKILL for the second rank, two checkpoints from now."""
@@ -209,14 +209,14 @@ def test_a_dying_rank_ends_the_job_and_a_restart_resumes(lean, tmp_path):
     shoot(job)
     said, _ = job.communicate(timeout=300)
     assert job.returncode != 0 and "SIGKILL" in said
-    assert 0 < saved_step(out) < 40
+    assert 0 < saved_step(out) < 20
     # torchrun itself starts both again; without the variable they would look for the dead ones
     restarting = [*RANKS, "--max-restarts", 1, *TWO_RANKS[len(RANKS) :]]
     fresh_store = dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     job = start(*restarting, *flags, OMP_NUM_THREADS="1", **fresh_store)
     shoot(job)
     said, _ = job.communicate(timeout=600)
-    assert job.returncode == 0 and logged(out) == [0, 10, 20, 30, 39], said
+    assert job.returncode == 0 and logged(out) == [0, 10, 19], said
 
 
 def test_a_signal_to_all_processes_saves(lean, tmp_path):
@@ -589,7 +589,7 @@ def test_broken_arrays_are_said_in_one_line_that_helps(lean, tmp_path):
 
 # ------------------------------------------------------------------------------- compiled
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_blocks_give_the_same(backend, world, tmp_path, monkeypatch):
+def test_compiled_blocks_give_the_same(backend, lean, tmp_path, monkeypatch):
     real = torch.nn.Module.compile
 
     def compiled_so(self, **how):
@@ -599,9 +599,9 @@ def test_compiled_blocks_give_the_same(backend, world, tmp_path, monkeypatch):
     torch._dynamo.reset()
     counters.clear()
     with double_precision():
-        run_train(world[1], tmp_path / "eager", "--max-steps", 2)
-        run_train(world[1], tmp_path / "compiled", "--max-steps", 2, "--compile", "--checkpointing")
-    # for kinds of blocks and uses: the prior has 20 blocks, the run 30 forwards
+        run_train(lean[1], tmp_path / "eager", "--max-steps", 2)
+        run_train(lean[1], tmp_path / "compiled", "--max-steps", 2, "--compile", "--checkpointing")
+    # for kinds of blocks and uses: the prior has 20 blocks
     assert 3 <= counters["stats"]["unique_graphs"] <= 16
     assert not counters["graph_break"]
     eager, compiled = (

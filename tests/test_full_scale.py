@@ -381,7 +381,7 @@ def full_run(hub, tmp_path_factory):
     flags = ["--user", user, "--adapter", out / "run", "--out", out / "images"]
     run("sample", f"sample.py --user zero {parti}", *flags)
     run("evaluate", f"evaluate.py rewards {parti} --batch 4 --adapter", out / "run_onehot")
-    run("judge", "evaluate.py judge --steps 2 --batch 4 --n 3 --adapter", out / "run")
+    run("judge", "evaluate.py judge --steps 2 --batch 4 --n 2 --adapter", out / "run")
     return out, said
 
 

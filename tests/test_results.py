@@ -129,15 +129,19 @@ def test_figure_4(runs, tmp_path):
     assert along == [at[round(1 - w / 10, 10), 0, w / 10]["large"] for w in range(11)]
 
 
-def test_figure_2(tmp_path):
+@pytest.mark.parametrize("with_profile", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_figure_2(with_profile, tmp_path):
     data, users, after = (tmp_path / name for name in ("data", "users", "after"))
     script("-m", "tiny.world", "--out", data, "--users", 24, "--pairs", 90, "--seed", 3)
     no_splits = "--test-captions 0 --validation-captions 0 --unseen-users 0 --groups 13".split()
-    for folder, *reading in ((users, "--layer", "all"), (after, "--profile")):
-        script("embed.py", "--data", data, "--users", folder, *reading, *no_splits)
-    flags = ["--users", users, "--profile-users", after]
+    flags = ["--users", users]
+    layers = [f"prompt, layer {k}" for k in range(5)]
+    script("embed.py", "--data", data, "--users", users, "--layer", "all", *no_splits)
+    if with_profile:
+        script("embed.py", "--data", data, "--users", after, "--profile", *no_splits)
+        flags += ["--profile-users", after]
+        layers.append("profile, layer -1")
     result = evaluated("classify", *flags, out=tmp_path / "out")
-    layers = [f"prompt, layer {k}" for k in range(5)] + ["profile, layer -1"]
     assert list(result["states"]) == layers and 20 <= result["people"] <= 24
     for row in (*result["states"].values(), *result["ceilings"].values()):
         rates = [r["rate"] for r in row.values()]

@@ -387,7 +387,8 @@ def micro_step(*arguments):
     if len(calls) == 3:
         workers = [child.pid for child in multiprocessing.active_children()]
         failing = int(os.environ.get("RANK", 0)) + 1 == int(os.environ.get("WORLD_SIZE", 1))
-        print("pids", os.getpid(), *workers, flush=True)
+        pids = " ".join(map(str, ("pids", os.getpid(), *workers)))
+        print(pids + "\n", end="", flush=True)  # one write: two ranks share the file
         if failing:
             print("raised at", time.time(), flush=True)
             raise RuntimeError("by hand")

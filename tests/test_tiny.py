@@ -194,7 +194,7 @@ def test_taste_words_steer_the_base():
     """A third of its captions carried them; experiments compare PPD with simply writing the taste
     into the prompt."""
     base = load_base("tiny")
-    plain = sorted(TEST) * 2
+    plain = sorted(TEST)
     seeds = range(len(plain))
 
     def generate(prompts):
