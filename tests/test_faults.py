@@ -205,18 +205,18 @@ def test_a_dying_rank_ends_the_job_and_a_restart_resumes(lean, tmp_path):
         listed = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True)
         os.kill(int(listed.stdout.split()[-1]), signal.SIGKILL)
 
-    job = start(*TWO_RANKS, *flags, OMP_NUM_THREADS="1")
-    shoot(job)
-    said, _ = job.communicate(timeout=300)
-    assert job.returncode != 0 and "SIGKILL" in said
-    assert 0 < saved_step(out) < 20
     # torchrun itself starts both again; without the variable they would look for the dead ones
     restarting = [*RANKS, "--max-restarts", 1, *TWO_RANKS[len(RANKS) :]]
     fresh_store = dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
     job = start(*restarting, *flags, OMP_NUM_THREADS="1", **fresh_store)
     shoot(job)
+    shot_at = saved_step(out)
+    shoot(job)  # no restart is left: the job ends
     said, _ = job.communicate(timeout=600)
-    assert job.returncode == 0 and logged(out) == [0, 10, 19], said
+    assert job.returncode != 0 and "SIGKILL" in said
+    assert 0 < shot_at < saved_step(out) < 20
+    run_train(lean[1], out, "--max-steps", 20, "--resume", "--log-every", 10)
+    assert logged(out) == [0, 10, 19]
 
 
 def test_a_signal_to_all_processes_saves(lean, tmp_path):

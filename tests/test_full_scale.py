@@ -9,6 +9,7 @@ import json
 import os
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -366,22 +367,30 @@ def full_run(hub, tmp_path_factory):
     said = {}
 
     def run(name, command, *flags):
-        done = script(*command.split(), *flags, **hub[1])
+        done = script(*command.split(), *flags, **hub[1], OMP_NUM_THREADS="1")
         said[name] = done.stdout + done.stderr
 
     few = "--max-steps 2 --batch 4 --micro 2 --grid 3 --preview-every 2 --lr 1e-3"
     training = f"train.py --base {PRIOR} --device cpu {few}"
     parti = "--prompts nateraw/parti-prompts --steps 2"
-    runs = dict(run="users", run_onehot="onehot")
-    run("embed", f"embed.py --data {DATA} --vlm {VLM} --batch 3 --users", out / "users")
-    run("rewards", f"embed.py --data {DATA} --one-hot {' '.join(REWARDS)} --users", out / "onehot")
-    for name, users in runs.items():
-        run(f"train {name}", training, "--users", out / users, "--out", out / name)
-    user = sorted((out / "users").glob("*.pt"))[0]
-    flags = ["--user", user, "--adapter", out / "run", "--out", out / "images"]
-    run("sample", f"sample.py --user zero {parti}", *flags)
-    run("evaluate", f"evaluate.py rewards {parti} --batch 4 --adapter", out / "run_onehot")
-    run("judge", "evaluate.py judge --steps 2 --batch 4 --n 2 --adapter", out / "run")
+    reading = f"embed.py --data {DATA}"
+
+    def read_users():
+        run("embed", f"{reading} --vlm {VLM} --batch 3 --users", out / "users")
+        run("train run", training, "--users", out / "users", "--out", out / "run")
+        user = sorted((out / "users").glob("*.pt"))[0]
+        flags = ["--user", user, "--adapter", out / "run", "--out", out / "images"]
+        run("sample", f"sample.py --user zero {parti}", *flags)
+        run("judge", "evaluate.py judge --steps 2 --batch 4 --n 2 --adapter", out / "run")
+
+    def synthetic_users():
+        run("rewards", f"{reading} --one-hot {' '.join(REWARDS)} --users", out / "onehot")
+        run("train one-hot", training, "--users", out / "onehot", "--out", out / "run_onehot")
+        run("evaluate", f"evaluate.py rewards {parti} --batch 4 --adapter", out / "run_onehot")
+
+    with ThreadPoolExecutor(2) as pool:  # a core each
+        for chain in [pool.submit(read_users), pool.submit(synthetic_users)]:
+            chain.result()
     return out, said
 
 

@@ -388,7 +388,7 @@ def micro_step(*arguments):
         workers = [child.pid for child in multiprocessing.active_children()]
         failing = int(os.environ.get("RANK", 0)) + 1 == int(os.environ.get("WORLD_SIZE", 1))
         pids = " ".join(map(str, ("pids", os.getpid(), *workers)))
-        print(pids + "\n", end="", flush=True)  # one write: two ranks share the file
+        print(pids + chr(10), end="", flush=True)  # one write: two ranks share the file
         if failing:
             print("raised at", time.time(), flush=True)
             raise RuntimeError("by hand")
