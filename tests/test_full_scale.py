@@ -28,6 +28,7 @@ import tiny.train
 import train
 from bases import load_base
 from bases.cascade import CascadeCodec, attention_layers
+from bench import COMMON as FULL
 from conftest import script
 from data import fit_pixels, load_user, read_pairs
 from ppd import UserAdapter
@@ -41,18 +42,6 @@ DATA = "someone/pick-a-pic-v2"
 REWARDS = ("clip", "aesthetic", "hps")
 RED_STAR = "a red star"
 BLUE_CIRCLE = "a blue circle"
-FULL = dict(
-    in_channels=16,
-    out_channels=16,
-    timestep_ratio_embedding_dim=64,
-    patch_size=1,
-    clip_text_in_channels=1280,
-    clip_text_pooled_in_channels=1280,
-    clip_image_in_channels=768,
-    clip_seq=4,
-    dropout=(0.1, 0.1),
-    switch_level=(False,),
-)
 SMALL_TEXT = dict(
     clip_text_in_channels=32, clip_text_pooled_in_channels=32, clip_image_in_channels=24
 )
