@@ -490,10 +490,10 @@ class PreferencePairs(Dataset):
         noise: (2, C, h, w) float32, what will be added; both alike unless separate_noise
         t: float in [t_min, 1], one for the pair
         user: (D,) float32, the embedding of one of the groups that may condition this pair
-        drop_draw: float in [0, 1); the user is dropped up to --user-drop
+        drop_draw: float in [0, 1]; up to --user-drop, the user is zeroed
         """
         key = np.random.SeedSequence([self.seed, index]).generate_state(1, np.uint64)[0]
-        g = torch.Generator().manual_seed(int(key) >> 1)  # which takes 63 bits
+        g = torch.Generator().manual_seed(int(key) >> 1)  # torch takes 63 bits
         time_draw, drop_draw, group_draw = torch.rand(3, generator=g, dtype=torch.float64).tolist()
         noise = torch.randn(2, *self.latent_shape, generator=g)
         noise = noise if self.separate_noise else noise[:1].expand_as(noise)

@@ -157,7 +157,7 @@ def micro_step(base, adapter, batch, beta, user_drop=0.0, pairs_per_step=None):
     batch = to_device(batch, base.device)
     x_t, t, target, conditions = noised_inputs(base, batch)
     user_tokens = adapter(batch["user"], drop=batch["drop_draw"] <= user_drop)  # (B, L, d)
-    # the reference model: the same network without the user term, detached
+    # the reference model: the same network, which is not shown the user; detached
     with adapter.reference(user_tokens):
         pred_ref = base.predict(x_t, t, *conditions).detach()
     # the policy: the same network; every attention layer reads the user's tokens
@@ -235,7 +235,7 @@ def accumulate_gradient(step, args, base, adapter, batches, stop, save):
     saved = False
     for batch in islice(batches, args.batch // (args.micro * world_size)):
         if args.objective == "sft":
-            losses, log = sft_micro_step(base, adapter, batch, user_drop, args.batch)
+            losses, log = sft_micro_step(base, adapter, batch, user_drop, pairs_per_step=args.batch)
         else:
             losses, log = micro_step(base, adapter, batch, args.beta, user_drop, args.batch)
         total = total + torch.stack([losses.sum(), *(value.sum() for value in log.values())])
@@ -323,7 +323,7 @@ def resume(args, config, adapter, optimizer):
 
 def print_plan(args, base, adapter, rows, images):
     """The derived numbers of a run, before it starts."""
-    n_micro = args.batch // (args.micro * utils.rank_and_world()[1])
+    world_size = utils.rank_and_world()[1]
     frozen, trained = (sum(p.numel() for p in m.parameters()) / 1e6 for m in (base.prior, adapter))
     n_pairs, n_users = len(rows["train"]), len({row["user"] for row in rows["train"]})
     epochs = args.max_steps * args.batch / n_pairs
@@ -331,8 +331,8 @@ def print_plan(args, base, adapter, rows, images):
         f"base {args.base} on {base.device}, {base.dtype}: {frozen:.1f}M frozen parameters, "
         f"{len(base.channels)} attention layers; adapter {trained:.2f}M, {args.tokens} tokens of "
         f"{args.token_dim}\n{n_pairs} training pairs of {n_users} users, {images.kind}; "
-        f"{args.batch} a step = {args.micro} x {args.batch // (args.micro * n_micro)} processes x "
-        f"{n_micro} accumulated; {args.max_steps} steps = "
+        f"{args.batch} a step = {args.micro} x {world_size} processes x "
+        f"{args.batch // (args.micro * world_size)} accumulated; {args.max_steps} steps = "
         f"{epochs:.2f} epochs\nobjective {args.objective}, beta {args.beta:g}, t from "
         f"{args.t_min:g} to 1, lr {args.lr:g}, user drop {args.user_drop:g}, seed {args.seed}"
     )
@@ -424,10 +424,10 @@ def run(args):
 
     # micro-batches: this rank's of the endless training sequence, and the same validation pairs,
     # noise and timesteps every time, whatever --seed
-    drawing = dict(separate_noise=args.noise == "separate", t_min=args.t_min)
-    source = (embeddings, images, base.latent_shape)
-    train_pairs = PreferencePairs(rows["train"], *source, args.seed, **drawing)
-    val_pairs = PreferencePairs(rows["validation"], *source, 0, **drawing)
+    common = dict(embeddings=embeddings, load_images=images, latent_shape=base.latent_shape)
+    common |= dict(separate_noise=args.noise == "separate", t_min=args.t_min)
+    train_pairs = PreferencePairs(rows["train"], seed=args.seed, **common)
+    val_pairs = PreferencePairs(rows["validation"], seed=0, **common)
     to_batch = partial(collate, tokenize=base.tokenize)
     val_batches = validation_batches(val_pairs, min(64, len(rows["validation"])), args, to_batch)
     steps = range(start, args.max_steps)

@@ -132,7 +132,7 @@ class StableCascade:
         return noise
 
     def predict(self, x_t, t, text, pooled):
-        """eps_theta(x_t, c, u, t) -> (B, C, h, w); text, pooled: see encode_tokens."""
+        """eps_theta(x_t, c, u, t) -> (B, C, h, w); u by adapter.user(), c by encode_tokens."""
         # without clip_img the network silently drops the text tokens as well
         no_image = x_t.new_zeros(len(x_t), 1, self.prior.config.clip_image_in_channels)
         t = t.to(self.dtype)

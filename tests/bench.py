@@ -171,7 +171,7 @@ def recipe_micro_step(base, reference, adapter, batch):
     x_t = base.add_noise(batch["images"], batch["noise"], t)
     conditions = [c.repeat(2, 1, 1) for c in base.encode_tokens(batch["tokens"])]
     policy = base.prior
-    with adapter.user(adapter(batch["user"], batch["drop_draw"] < 0.1)):
+    with adapter.user(adapter(batch["user"], batch["drop_draw"] <= 0.1)):
         pred = base.predict(x_t, t, *conditions)
         base.prior = reference
         with torch.no_grad():
