@@ -490,7 +490,7 @@ class PreferencePairs(Dataset):
         noise: (2, C, h, w) float32, what will be added; both alike unless separate_noise
         t: float in [t_min, 1], one for the pair
         user: (D,) float32, the embedding of one of the groups that may condition this pair
-        drop_draw: float in [0, 1]; up to --user-drop, the user is zeroed
+        drop_draw: float in [0, 1], 1 by rounding; up to --user-drop the user is zeroed
         """
         key = np.random.SeedSequence([self.seed, index]).generate_state(1, np.uint64)[0]
         g = torch.Generator().manual_seed(int(key) >> 1)  # torch takes 63 bits

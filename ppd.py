@@ -71,14 +71,14 @@ class UserAdapter(nn.Module):
         self.std.copy_(embeddings.std(0, correction=0).clamp(min=1e-6))
 
     def standardize(self, embedding):
-        """Raw (B, D) -> (B, D) in the training users' standard deviations from their mean. All
-        users' VLM states share a large mean component; subtract it before blending users."""
+        """Raw (B, D) -> (B, D) in the training users' standard deviations from their mean, for who
+        blends users: all VLM states share a large mean component, which has to go first."""
         return (embedding - self.mean) / self.std
 
     def forward(self, embedding, drop=None, standardized=False):
         """User embeddings (B, D), raw or `standardized` already -> user tokens (B, L, d). drop:
         (B,) bool, True = the zero user (Sec. 4.3's random drop), or None."""
-        u = embedding if standardized else self.standardize(embedding)
+        u = embedding if standardized else (embedding - self.mean) / self.std
         if drop is not None:
             u = u.masked_fill(drop[:, None], 0)
         tokens = einops.rearrange(self.project(u), "b (l d) -> b l d", l=self.n_tokens)
@@ -89,7 +89,7 @@ class UserAdapter(nn.Module):
         """Inside the block the base predicts as the policy: every UserAttnProcessor reads these
         tokens. Keep backward inside too: activation checkpointing runs the layers again there.
 
-        tokens: (B, L, d), for a batch of B rows, or r times the B users one after the other
+        tokens: (B, L, d). The base then takes B rows, or r B: these users r times, in this order
         scale: multiplies the user term of Eq. 7
         """
         if self.compiled:
@@ -236,7 +236,7 @@ def ppd_loss(pred, pred_ref, target, beta, T=1000):
     pred_ref: (2B, C, H, W), the reference's, eps_ref(x_t, c, t), without gradient
     target: (2B, C, H, W), the noise that was added
     beta: strength of the KL constraint. The paper's norm is a sum, ours a mean: with the mean and
-        T = 1000, beta = 1 is beta_dpo = 2000 of Diffusion-DPO's code
+        T = 1000, beta = 1 is beta_dpo = 2000 of Diffusion-DPO's code, which takes half of it
 
     Returns the losses (B,), not yet averaged, and (B,) tensors without gradient to log: the errors
     of Eq. 1, `logits` = -beta T Delta, and `implicit_accuracy`, in which a tie counts half (at step

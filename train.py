@@ -141,10 +141,6 @@ def check_args(args, error):
         error(f"--out {args.out} holds a run already: add --resume, or choose another folder")
 
 
-def to_device(batch, device):
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
-
-
 # ----------------------------------------------------------------------- one micro-step
 def micro_step(base, adapter, batch, beta, user_drop=0.0, pairs_per_step=None):
     """Eq. 6 on a micro-batch of B pairs, and its gradient.
@@ -154,7 +150,7 @@ def micro_step(base, adapter, batch, beta, user_drop=0.0, pairs_per_step=None):
     pairs_per_step: what the sum of the losses is divided by for backward; None: no backward
     Returns the losses (B,) and (B,) tensors to log. Nothing here waits for the GPU.
     """
-    batch = to_device(batch, base.device)
+    batch = {key: value.to(base.device, non_blocking=True) for key, value in batch.items()}
     x_t, t, target, conditions = noised_inputs(base, batch)
     user_tokens = adapter(batch["user"], drop=batch["drop_draw"] <= user_drop)  # (B, L, d)
     # the reference model: the same network, which is not shown the user; detached
@@ -171,7 +167,7 @@ def micro_step(base, adapter, batch, beta, user_drop=0.0, pairs_per_step=None):
 
 def sft_micro_step(base, adapter, batch, user_drop=0.0, pairs_per_step=None):
     """The SFT baseline: Eq. 1 on the preferred images, given the user. As micro_step otherwise."""
-    batch = to_device(batch, base.device)
+    batch = {key: value.to(base.device, non_blocking=True) for key, value in batch.items()}
     x_t, t, target, conditions = noised_inputs(base, batch, images_per_pair=1)
     with adapter.user(adapter(batch["user"], drop=batch["drop_draw"] <= user_drop)):
         losses = denoising_error(base.predict(x_t, t, *conditions), target)

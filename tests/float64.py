@@ -17,7 +17,7 @@ from ppd import UserAdapter
 @contextlib.contextmanager
 def double_precision():
     """Inside the block train.main() loads the base, and makes the adapter, in float64."""
-    load_base, install, to_device = train.load_base, UserAdapter.install, train.to_device
+    load_base, install, collate = train.load_base, UserAdapter.install, train.collate
 
     def load_double(name, device, dtype, *settings):
         return load_base(name, device, torch.float64, *settings)
@@ -25,13 +25,13 @@ def double_precision():
     def install_double(adapter, attention_layers):
         return install(adapter, attention_layers).double()
 
-    def to_device_double(batch, device):
-        batch = to_device(batch, device)
+    def collate_double(pairs, tokenize):
+        batch = collate(pairs, tokenize)
         return {k: v.double() if v.dtype == torch.float32 else v for k, v in batch.items()}
 
     with (
         mock.patch.object(train, "load_base", load_double),
-        mock.patch.object(train, "to_device", to_device_double),
+        mock.patch.object(train, "collate", collate_double),
         mock.patch.object(UserAdapter, "install", install_double),
     ):
         yield
