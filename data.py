@@ -121,6 +121,22 @@ def split_rows(rows, validation, test, unseen):
     return fresh, dropped
 
 
+def held_out_rows(users, pairs):
+    """The tested rows of pairs.parquet by kind of user, in an order that only hashes decide:
+    dict(seen=, new_user=), those that there are. InputError, naming the folder `users`, if there is
+    nobody, or one user alone of a kind."""
+    kinds = {"seen": "test-seen", "new_user": "test-unseen"}
+    ordered = sorted(pairs, key=lambda row: hash_fraction("evaluation", row["ranking_id"]))
+    rows = {kind: [r for r in ordered if r["split"] == split] for kind, split in kinds.items()}
+    if not any(rows.values()):
+        raise InputError(f"--users {users}: pairs.parquet has no pair to test on")
+    for kind, found in rows.items():
+        if len({row["user"] for row in found}) == 1:
+            problem = f"one user to test of the kind {kind}; expected 2 or more, or none"
+            raise InputError(f"--users {users}: {problem}")
+    return {kind: found for kind, found in rows.items() if found}
+
+
 def image_key(row, side):
     """An image recurs under one id; one without an id is only itself."""
     return str(row.get(f"image_{side}_uid") or f"{row['file']} {row['row']} {side}")

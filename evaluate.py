@@ -1,6 +1,7 @@
 """The paper's numbers: Fig. 5, Table 1 and Fig. 3. experiments.py has Fig. 2, 4 and 6.
 
     python evaluate.py                            # Fig. 5: users read by the VLM, seen and unseen
+    python evaluate.py choices                    # does the adapter predict users' real choices?
     python evaluate.py judge                      # Fig. 5: a VLM or an endpoint judges for them
     python evaluate.py rewards --baselines runs/onehot-baselines     # Table 1, Fig. 3
 
@@ -13,6 +14,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 import os
 import platform
 import re
@@ -31,9 +33,18 @@ from tqdm import tqdm
 import embed
 import plots
 import utils
-from data import hash_fraction, load_shots, load_user, read_images, read_pairs, read_rows
+from data import (
+    ImagePairs,
+    hash_fraction,
+    held_out_rows,
+    load_shots,
+    load_user,
+    read_images,
+    read_pairs,
+    read_rows,
+)
 from ppd import UserAdapter
-from rewards import REWARDS, score
+from rewards import N_DRAWS, REWARDS, implicit_logits, score
 from sample import generate, load_base_for, load_user_embedding, read_prompts
 from tiny import world
 from utils import InputError
@@ -41,6 +52,8 @@ from utils import InputError
 MOVED = ("interpolate", "classify", "profiles")  # to experiments.py
 JUDGE_RETRIES = 6  # of a busy or failing endpoint
 UPPER_BOUND = "one Diffusion-DPO a reward"
+KINDS = dict(seen="seen", new_user="new")
+BOOTSTRAP = 1000
 
 
 def common_arguments(parser):
@@ -65,7 +78,7 @@ def parse_args(argv=None):
     parser = utils.make_parser("evaluate.py", __doc__)
     add = parser.add_argument
     add("command", nargs="?", choices=(*COMMANDS, *MOVED), default="people", metavar="COMMAND")
-    add("--n", type=int, help="users of a kind (200; judge 277 and 192), or images an arm (200)")
+    add("--n", type=int, help="users of a kind (200; judge 277, 192), choices (500), images (200)")
     add("--judge", help="a VLM, or the endpoint's model (default: the VLM that read the users)")
     add("--judge-url", help="OpenAI-compatible, like https://host/v1; key from OPENAI_API_KEY")
     add("--judge-timeout", type=float, default=120, help="seconds an answer (default: %(default)s)")
@@ -138,6 +151,17 @@ def compare(ours, theirs):
     won = rate_ci(win_indicator(ours, theirs))
     mean, mean_other = (round(float(np.mean(scores)), 4) for scores in (ours, theirs))
     return dict(win_rate=won.pop("rate"), **won, mean=mean, mean_other=mean_other)
+
+
+def bootstrap_ci(statistics, *sizes):
+    """95% intervals of statistics over clusters, all resampled together: statistics(*indices) ->
+    {name: number}; sizes: of each kind of cluster. Returns {name: [low, high]}."""
+    rng = np.random.default_rng(0)
+    draws = [statistics(*(rng.integers(n, size=n) for n in sizes)) for _ in range(BOOTSTRAP)]
+    return {
+        name: [round(float(q), 4) for q in np.nanquantile([d[name] for d in draws], (0.025, 0.975))]
+        for name in draws[0]
+    }
 
 
 def ridge(x, y, strength=10.0):
@@ -250,9 +274,10 @@ def select_test_pairs(users, pairs, **counts):
     return selected
 
 
-def load_embeddings(adapter, folder, names):
-    """Standardized embeddings of users, (B, D)."""
-    return torch.cat([load_user_embedding(adapter, folder / f"{name}.pt") for name in names])
+def load_embeddings(adapter, folder, names, groups=None):
+    """Standardized embeddings of users, (B, D): of their group 0, or one of `groups` each."""
+    chosen = zip(names, groups or [0] * len(names), strict=True)
+    return torch.cat([load_user_embedding(adapter, folder / f"{n}.pt", g) for n, g in chosen])
 
 
 def load_profiles(args, users, names, data):
@@ -353,6 +378,140 @@ def people_table(result):
         f"({format_ci(readout)}). Color and shape as the caption says: base {base}, personalized "
         f"{ours}."
     )
+
+
+def choices(args):
+    """How many of users' real held-out choices the adapter predicts, by the sign of Eq. 6's logit,
+    under their own, the zero and another user's embedding. No images are made and nobody judges;
+    on the drawn world beside who reads the four choices perfectly, and who knows the true taste."""
+    adapter, users, pairs, settings = load_run(args)
+    data = Path(settings["data"])
+    is_drawn = (data / "people.json").is_file() and not settings.get("one_hot")
+    tastes = load_true_tastes(data)[0] if is_drawn else None
+    rows = held_out_rows(users, pairs)
+    base = load_base_for(adapter, args)
+    t_min = adapter.header.get("recipe", {}).get("t_min", 0.001)
+    result = dict(choices={}, t_min=t_min, draws=N_DRAWS)
+    for kind, found in rows.items():
+        images = ImagePairs(data, base.codec, found)  # latents are cached of others
+        chosen = readable_rows(found, images, args.n or 500)
+        names = [row["user"] for row in chosen]
+        own = load_embeddings(adapter, users, names, [row["groups"][0] for row in chosen])
+        arms = dict(own=own, zero=torch.zeros_like(own), other=own[other_users(names)])
+        logits = implicit_logits(base, adapter, chosen, images, arms, t_min, args.batch)
+        right = {arm: win_indicator(v.mean(1).numpy(), 0) for arm, v in logits.items()}
+        if is_drawn:
+            shots, pair = shown_axes(data, users, chosen)
+            right["perfect_reader"] = win_indicator(world.predict_choices(shots, pair), 0.5)
+            gap = (pair[:, 0] - pair[:, 1]) * tastes(names).numpy()
+            right["true_taste"] = win_indicator(gap.sum(1), 0)
+        result["choices"][kind] = summarize_choices(right, names)
+        by_pair = logits["own"].mean(1).std(), logits["own"].std(1).mean() / N_DRAWS**0.5
+        sd, noise = (round(float(value), 4) for value in by_pair)
+        result["choices"][kind]["logit"] = dict(sd=sd, noise=noise, n=len(chosen))
+    kinds = result["choices"]
+    figure = {arm.replace("_", " "): {k: kinds[k][arm] for k in kinds} for arm in right}
+    title = "Held-out choices predicted, with 95% intervals"
+    report(args, result, choices_table(result), dict(choices=plots.draw_bars(title, figure)))
+
+
+def readable_rows(rows, images, n):
+    """The first n rows whose images can be read; others are named."""
+    readable = []
+    for row in rows:
+        if len(readable) == n:
+            break
+        try:
+            images(row)
+        except InputError as problem:
+            print(f"left out: {problem}", file=sys.stderr)
+        else:
+            readable.append(row)
+    return readable
+
+
+def other_users(names):
+    """For each row the index of a row of another user, half the list away where it can be."""
+    n = len(names)
+    return [
+        next(j % n for j in range(i + n // 2, i + n // 2 + n) if names[j % n] != name)
+        for i, name in enumerate(names)
+    ]
+
+
+def shown_axes(data, users, rows):
+    """Standardized axes, preferred first, of what conditions each row, (B, 4, 2, 5), and of its own
+    two images, (B, 2, 5)."""
+    find = rows_by_id(data)
+    shots, pairs = [], []
+    for row in rows:
+        group = load_user(users / f"{row['user']}.pt")["shots"][row["groups"][0]]
+        shots += [image for _, *images in load_shots(data, find(group)) for image in images]
+        pairs += read_images(data, row, (row["preferred"], 1 - row["preferred"]))
+    shots, pairs = (world.standardized(z).reshape(len(rows), -1, 2, 5) for z in (shots, pairs))
+    return shots, pairs[:, 0]
+
+
+def summarize_choices(right, names):
+    """{arm: 1 where a choice is predicted, 0.5 for a tie (B,)} of the users `names` -> accuracies,
+    and own minus zero and minus other, paired; intervals by resampling users, with p of no
+    difference: from their spread, and McNemar's exact one, for which pairs are independent. With
+    fewer than ten users pairs are resampled."""
+    size = dict(n=len(names), users=len(set(names)))
+    clusters = names if size["users"] >= 10 else range(len(names))
+    owner = np.unique(clusters, return_inverse=True)[1]
+    counts = np.bincount(owner)
+    per_user = {arm: np.bincount(owner, v) for arm, v in right.items()}
+
+    def statistics(chosen):
+        n = counts[chosen].sum()
+        rates = {arm: total[chosen].sum() / n for arm, total in per_user.items()}
+        rates |= {f"own_over_{arm}": rates["own"] - rates[arm] for arm in ("zero", "other")}
+        return rates
+
+    values = statistics(np.arange(len(counts)))
+    intervals = bootstrap_ci(statistics, len(counts))
+    result = {}
+    for name, value in values.items():
+        kind = "mean" if name.startswith("own_over") else "rate"
+        result[name] = {kind: round(float(value), 4)} | size | dict(ci95=intervals[name])
+    for arm in ("zero", "other"):
+        low, high = intervals[f"own_over_{arm}"]
+        z_score = abs(values[f"own_over_{arm}"]) / max((high - low) / (2 * 1.96), 1e-9)
+        only = [int((right[a] > right[b]).sum()) for a, b in (("own", arm), (arm, "own"))]
+        test = dict(p=math.erfc(z_score / 2**0.5), own_only=only[0], other_only=only[1])
+        result[f"own_over_{arm}"] |= test | dict(mcnemar_p=mcnemar(*only))
+    return result
+
+
+def mcnemar(a, b):
+    """Two-sided exact p of discordant counts a and b: a fair coin, thrown a + b times."""
+    n, least = a + b, min(a, b)
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(least + 1)) / 2**n)
+
+
+def choices_table(result):
+    titles = dict(own="own embedding", zero="zero user", other="another's embedding")
+    titles |= dict(perfect_reader="a perfect reader of the four choices")
+    titles |= dict(true_taste="the true taste")
+    kinds = result["choices"]
+    rows = []
+    for arm, title in titles.items():
+        if arm in kinds["seen"]:
+            rows.append([title, *(format_rate(r[arm]) for r in kinds.values())])
+    for arm in ("zero", "other"):
+        cells = []
+        for r in kinds.values():
+            d = r[f"own_over_{arm}"]
+            p = f"p = {d['p']:.1g}, McNemar {d['mcnemar_p']:.1g}"
+            cells.append(f"{d['mean']:+.3f} ({format_ci(d, '+.3f')}; {p})")
+        rows.append([f"own minus {titles[arm]}", *cells])
+    noise = [f"{r['logit']['sd']:.3g}, {r['logit']['noise']:.3g}" for r in kinds.values()]
+    rows.append(["logit at beta 1: s.d. over pairs, of one pair's mean", *noise])
+    header = [
+        f"{KINDS[k]}, {r['own']['n']} choices of {r['own']['users']}" for k, r in kinds.items()
+    ]
+    return markdown_table(["choices predicted", *header], rows)
 
 
 def run_python(script, *flags):
@@ -671,7 +830,7 @@ def judge_table(result):
     return markdown_table([*header, "by the true taste", "n"], rows)
 
 
-COMMANDS = dict(people=evaluate_users, judge=judge, rewards=rewards)
+COMMANDS = dict(people=evaluate_users, choices=choices, judge=judge, rewards=rewards)
 
 
 def main(argv=None):

@@ -1,6 +1,6 @@
 """Sec. 5.1's rewards (CLIP, aesthetic, HPS, and PickScore), and its synthetic users: every pair
 relabeled by a reward, whose user is a one-hot vector. On the drawn world a reward is a taste word,
-measured from the pixels."""
+measured from the pixels. And the reward that an adapter itself is."""
 
 import io
 import pickle
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import utils
 from data import read_images, write_pairs, write_user
+from ppd import ppd_loss
 from tiny import world
 from utils import InputError, hub_file
 
@@ -27,6 +28,7 @@ REWARDS = {  # name: title, hub repository, file in it if it is no transformers 
     "hps2.0": ("HPS v2.0", "xswu/HPSv2", "HPS_v2_compressed.pt"),
     "pickscore": ("PickScore v1", "yuvalkirstain/PickScore_v1", None),
 }
+N_DRAWS = 8  # of timestep and noise a pair, of implicit_logits
 AESTHETIC = "sac+logos+ava1-l14-linearMSE.pth"
 AESTHETIC_URL = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
 AESTHETIC_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
@@ -137,6 +139,45 @@ def score(name, images, captions, device="cpu", batch=64):
             cosine = (out.image_embeds.float() * out.text_embeds.float()).sum(-1)
             scores.append(100 * cosine)
     return torch.cat(scores).cpu().numpy()
+
+
+@torch.no_grad()
+def implicit_logits(base, adapter, rows, load_images, users, t_min, batch):
+    """Eq. 6's logits of real choices, for several users each: the adapter as a reward model.
+
+    rows: B pairs; load_images: a data.ImagePairs
+    users: {arm: standardized embeddings (B, D)}
+    Returns {arm: (B, N_DRAWS)}; every arm has the same timesteps, the middles of N_DRAWS equal
+    parts of [t_min, 1], and the same noise, which is keyed by the pair's id.
+    """
+    grid = t_min + (1 - t_min) * (torch.arange(N_DRAWS) + 0.5) / N_DRAWS
+    logits = {arm: [] for arm in users}
+    per_batch = max(1, batch // N_DRAWS)  # pairs at once, each with all its draws
+    for i in tqdm(range(0, len(rows), per_batch), "implicit rewards", disable=None, leave=False):
+        part = rows[i : i + per_batch]
+        pairs = torch.stack([load_images(row) for row in part]).to(base.device)  # (b, 2, ...)
+        x_0 = base.encode_pixels(pairs.transpose(0, 1).flatten(0, 1))  # the preferred first
+        x_0 = x_0.repeat_interleave(N_DRAWS, 0)
+        noise = [fixed_noise(row["ranking_id"], base.latent_shape) for row in part]
+        noise = torch.cat(noise).to(base.device).repeat(2, 1, 1, 1)
+        t = grid.to(base.device).repeat(2 * len(part))
+        captions = [row["caption"] for row in part for _ in range(N_DRAWS)]
+        conditions = [c.repeat(2, *[1] * (c.ndim - 1)) for c in base.encode_prompts(captions)]
+        x_t, target = base.add_noise(x_0, noise, t), base.target(x_0, noise, t)
+        pred_ref = base.predict(x_t, t, *conditions)
+        for arm, embeddings in users.items():
+            u = embeddings[i : i + per_batch].to(base.device).repeat_interleave(N_DRAWS, 0)
+            with adapter.user(adapter(u, standardized=True)):
+                pred = base.predict(x_t, t, *conditions)
+            _, log = ppd_loss(pred, pred_ref, target, beta=1.0)
+            logits[arm].append(log["logits"].view(-1, N_DRAWS).cpu())
+    return {arm: torch.cat(parts) for arm, parts in logits.items()}
+
+
+def fixed_noise(ranking_id, shape):
+    """The noise of a pair's N_DRAWS draws, (N_DRAWS, C, h, w)."""
+    key = np.random.SeedSequence([0, ranking_id % 2**63]).generate_state(1, np.uint64)[0]
+    return torch.randn(N_DRAWS, *shape, generator=torch.Generator().manual_seed(int(key) >> 1))
 
 
 def score_pairs(folder, data, names, rows, device, chunk_size=256):

@@ -4,9 +4,10 @@
     python sample.py --user base --user zero --user users/17.pt --prompt "a red star" "a blue cross"
     python sample.py --user me.pt:0.7 --user users/17.pt:0.3 --user-scale 1.5 --prompt "a red star"
 
---user without a weight: one image each, and a labeled grid. With weights: all of them blended into
-one user. `zero` is the population's taste, `base` (or no --user) the untouched base. The settings
-of every image are in its PNG metadata.
+--user without a weight: one image each, and a labeled grid. With weights, which are relative: all
+of them blended into one user; the strength of a taste is --user-scale. `zero`
+is the population's taste, `base` (or no --user) the untouched base. The settings of every image are
+in its PNG metadata.
 """
 
 import csv
@@ -60,6 +61,8 @@ def parse_args(argv=None):
     args.user = [parse_user(spec, parser.error) for spec in args.user or ["base"]]
     if len({weight is None for _, weight in args.user}) > 1:
         parser.error("--user: give every user a weight (blended into one) or none (an image each)")
+    if args.user[0][1] is not None:
+        args.user = relative_weights(args.user, parser.error)
     if args.adapter is None and any(name != "base" for name, _ in args.user):
         args.adapter = find_adapter(args.user)
     return args
@@ -79,6 +82,18 @@ def parse_user(spec, error):
     if name not in ("zero", "base") and not Path(name).is_file():
         error(f"--user {spec}: no such file; expected one that embed.py wrote, 'zero' or 'base'")
     return name, weight
+
+
+def relative_weights(users, error):
+    """[(name, weight), ...] of a blend with weights that sum to 1."""
+    total = sum(weight for _, weight in users)
+    if len(users) == 1 and total != 1:
+        name, weight = users[0]
+        advice = f"a blend's weights are relative; for its strength give --user-scale {weight:g}"
+        error(f"--user {name}:{weight:g}: one user alone has weight 1; {advice}")
+    if total <= 0:
+        error(f"--user: the weights sum to {total:g}; expected more than 0, as they are relative")
+    return [(name, weight / total) for name, weight in users]
 
 
 def find_adapter(users):

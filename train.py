@@ -44,6 +44,7 @@ FULL = dict(batch=768, micro=8, lr=1e-5, beta=1.0, t_min=0.001, max_steps=None, 
 FULL |= dict(warmup=20, tokens=4, token_dim=1024)
 ONE_HOT = TINY | dict(lr=5e-4, beta=6.0, max_steps=300)
 DEFAULTS = {"tiny": TINY, "tiny, one-hot": ONE_HOT, "full": FULL}
+VALIDATION_PAIRS = 1024  # at every save: the accuracy's standard error is 1.6%
 # what the adapter's header tells of its training, and what a resumed run may change
 HEADER_KEYS = (*(key for key in DEFAULTS["full"] if key != "micro"), "clip", "user_drop", "noise")
 HEADER_KEYS += ("bias_free", "seed", "dtype", "only")
@@ -200,7 +201,7 @@ def learning_rate(step, args):
 @torch.no_grad()
 def validate(base, adapter, batches, args):
     """Means over the fixed validation pairs of all ranks, as validation_*; {} without any."""
-    values, means = {}, {}
+    values = {}
     user_drop = 1.0 if args.objective == "dpo" else 0.0
     for batch in batches:
         losses, log = micro_step(base, adapter, batch, args.beta, user_drop)
@@ -209,10 +210,8 @@ def validate(base, adapter, batches, args):
         for key, value in log.items():
             values.setdefault(f"validation_{key}", []).extend(value.tolist())
     parts = utils.all_gather_objects(values)
-    for key in parts[0]:
-        numbers = [number for part in parts for number in part.get(key, [])]
-        means[key] = math.fsum(numbers) / len(numbers)
-    return means
+    merged = {key: [n for part in parts for n in part.get(key, [])] for key in parts[0]}
+    return {key: math.fsum(numbers) / len(numbers) for key, numbers in merged.items()}
 
 
 def accumulate_gradient(step, args, base, adapter, batches, stop, save):
@@ -274,6 +273,16 @@ def stop_requests():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def make_base(args, device):
+    dtype = utils.pick_dtype(args.dtype, device)
+    base = load_base(args.base, device, dtype, args.decoder, args.grid)
+    if args.checkpointing:
+        base.prior.enable_gradient_checkpointing()
+    if args.compile:
+        base.compile_blocks()
+    return base
 
 
 def make_adapter(args, base, rows, embeddings, reader):
@@ -341,12 +350,12 @@ def batch_indices(step, m, args):
     return range(first, first + args.micro)
 
 
-def validation_batches(dataset, n, args, to_batch):
-    """This rank's part of the first n validation pairs, as micro-batches."""
+def validation_batches(dataset, args, to_batch):
+    """This rank's part of the validation pairs, as micro-batches, read anew."""
     rank, world_size = utils.rank_and_world()
-    starts = range(rank * args.micro, n, world_size * args.micro)
-    parts = [range(start, min(start + args.micro, n)) for start in starts]
-    return [to_batch([dataset[i] for i in part]) for part in parts]
+    n = min(VALIDATION_PAIRS, len(dataset.rows))
+    for start in range(rank * args.micro, n, world_size * args.micro):
+        yield to_batch([dataset[i] for i in range(start, min(start + args.micro, n))])
 
 
 def preview_inputs(adapter, rows, embeddings, objective):
@@ -393,15 +402,9 @@ def run(args):
     # data, the frozen base, the adapter, the optimizer
     rows, embeddings, reader, settings = load_training_data(args.users, args.only)
     args.max_steps = args.max_steps or math.ceil(len(rows["train"]) / args.batch)  # one epoch
-    dtype = utils.pick_dtype(args.dtype, device)
-    base = load_base(args.base, device, dtype, args.decoder, args.grid)
-    if args.checkpointing:
-        base.prior.enable_gradient_checkpointing()
-    if args.compile:
-        base.compile_blocks()
-    data_folder = args.data or settings["data"]
-    used_rows = rows["train"] + rows["validation"]
-    images = open_images(data_folder, args.latents, used_rows, base.codec, base.dtype)
+    base = make_base(args, device)
+    used = rows["train"] + rows["validation"]
+    images = open_images(args.data or settings["data"], args.latents, used, base.codec, base.dtype)
     adapter = make_adapter(args, base, rows, embeddings, reader)
     on_gpu = device.startswith("cuda")
     optimizer = torch.optim.AdamW(adapter.parameters(), lr=args.lr, fused=on_gpu)
@@ -425,7 +428,6 @@ def run(args):
     train_pairs = PreferencePairs(rows["train"], seed=args.seed, **common)
     val_pairs = PreferencePairs(rows["validation"], seed=0, **common)
     to_batch = partial(collate, tokenize=base.tokenize)
-    val_batches = validation_batches(val_pairs, min(64, len(rows["validation"])), args, to_batch)
     steps = range(start, args.max_steps)
     n_micro = args.batch // (args.micro * world_size)
     batch_sampler = [batch_indices(step, m, args) for step in steps for m in range(n_micro)]
@@ -441,16 +443,18 @@ def run(args):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, args)
             line, stopping = accumulate_gradient(step, args, base, adapter, batches, stop, save)
-            last = step + 1 == args.max_steps
-            if step % args.log_every == 0 or last:
-                line |= validate(base, adapter, val_batches, args)
-                log_line(args, line)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+            last = step + 1 == args.max_steps
+            due = not stopping and ((step + 1) % args.save_every == 0 or last)
+            if due:
+                line |= validate(base, adapter, validation_batches(val_pairs, args, to_batch), args)
+            if step % args.log_every == 0 or last or "validation_logits" in line:
+                log_line(args, line)
             accuracy = line.get("implicit_accuracy", math.nan)
             progress.set_postfix_str(f"loss {line['loss']:.3f}, implicit accuracy {accuracy:.2f}")
             progress.update()
-            if (step + 1) % args.save_every == 0 or last or stopping:
+            if due or stopping:
                 save(step + 1)
             due = args.preview_every and ((step + 1) % args.preview_every == 0 or last)
             if rank == 0 and due and preview_captions:

@@ -68,7 +68,7 @@ def nothing_left_running():
 
 
 def logged(out, key="step"):
-    return [line[key] for line in read_jsonl(out / "train.jsonl")]
+    return [line[key] for line in read_jsonl(out / "train.jsonl") if key in line]
 
 
 def saved_step(out):
@@ -621,7 +621,7 @@ def test_compiled_policy_begins_as_the_reference(world, tmp_path):
         out = tmp_path / f"run{len(how)}"
         run_train(world[1], out, *flags, *how)
         (first,) = read_jsonl(out / "train.jsonl")
-        assert first["loss"] == first["validation_loss"] == pytest.approx(math.log(2), abs=1e-7)
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
         assert first["implicit_accuracy"] == 0.5
 
 

@@ -370,6 +370,7 @@ def full_run(hub, tmp_path_factory):
         user = sorted((out / "users").glob("*.pt"))[0]
         flags = ["--user", user, "--adapter", out / "run", "--out", out / "images"]
         run("sample", f"sample.py --user zero {parti}", *flags)
+        run("choices", "evaluate.py choices --n 6 --batch 16 --adapter", out / "run")
         run("judge", "evaluate.py judge --steps 2 --batch 4 --n 2 --adapter", out / "run")
 
     def synthetic_users():
@@ -413,7 +414,10 @@ def test_the_whole_way(full_run):
     assert result["models"] == {name: rewards.REWARDS[name][0] for name in REWARDS}
     assert all(v["base"]["n"] == 2 for v in result["figure_3"].values())
     assert "fidelity" not in result["table_1"]["PPD"]
-    judged = json.loads((out / "run" / "evaluation.json").read_text())["judge"]
+    evaluated = json.loads((out / "run" / "evaluation.json").read_text())
+    for r in evaluated["choices"]["choices"].values():
+        assert 2 <= r["own"]["n"] <= 6 and not {"true_taste", "perfect_reader"} & r.keys()
+    judged = evaluated["judge"]
     assert judged["judge"] == VLM
     r = judged["people"]["all"]
     assert all(r[kind] + r["n"] <= 6 for kind in ("inconsistent", "unparsable"))

@@ -16,9 +16,10 @@ import evaluate
 import experiments
 import rewards
 import train
+from bases import load_base
 from conftest import ROOT, script
-from data import read_pairs, read_rows, split_rows
-from ppd import UserAdapter
+from data import ImagePairs, read_pairs, read_rows, split_rows
+from ppd import UserAdapter, ppd_loss
 from sample import generate, load_base_for, load_user_embedding
 from tiny import world as drawn_world
 
@@ -27,6 +28,7 @@ UPPER_BOUND = "one Diffusion-DPO a reward"
 METHODS = ("base", "Diffusion-DPO", "SFT", "PPD", UPPER_BOUND)
 TABLES = dict(
     people=evaluate.people_table,
+    choices=evaluate.choices_table,
     judge=evaluate.judge_table,
     rewards=evaluate.rewards_table,
     interpolate=experiments.interpolate_table,
@@ -193,6 +195,61 @@ def test_people_small(runs, tmp_path):
     unseen = dict.fromkeys(("unseen", "other_user", "zero", "true_taste"), 3)
     assert counts == unseen | dict(seen=3, all=6)
     assert result["fidelity"]["base"]["n"] == result["fidelity"]["ppd"]["n"] == 6
+
+
+def test_choices_small(runs, tmp_path):
+    result = evaluated("choices", "--adapter", runs[1], "--n", 12, out=tmp_path)
+    assert result["choices"].keys() == {"seen", "new_user"}
+    for r in result["choices"].values():
+        for arm in ("own", "zero", "other", "perfect_reader", "true_taste"):
+            assert r[arm].keys() == {"rate", "n", "users", "ci95"} and r[arm]["n"] <= 12
+        assert {"mean", "p", "mcnemar_p", "own_only", "other_only"} < r["own_over_zero"].keys()
+        assert r["logit"]["noise"] > 0
+
+
+def test_implicit_logits_are_eq_6_by_hand(runs, people):
+    data = people[0]
+    rows = [row for row in read_pairs(people[1])[0] if row["split"] == "test-unseen"][:3]
+    base = load_base("tiny")
+    adapter = UserAdapter.load(runs[1]).install(base.attention_layers())
+    for layer in adapter.to_v:
+        torch.nn.init.normal_(layer.weight, std=0.05)
+    images = ImagePairs(data, base.codec, rows)
+    users = dict(a=torch.randn(3, 192), b=torch.zeros(3, 192))
+    settings = (base, adapter, rows, images, users, 0.8)
+    logits = rewards.implicit_logits(*settings, batch=50)
+    alone = rewards.implicit_logits(*settings, batch=1)
+    for arm, values in logits.items():
+        assert values.shape == (3, 8) and (values != 0).all()
+        assert torch.allclose(values, alone[arm], rtol=1e-3, atol=1e-3)
+    k, row = 5, rows[1]
+    x_0 = base.encode_pixels(images(row))
+    noise = rewards.fixed_noise(row["ranking_id"], base.latent_shape)[k].expand(2, -1, -1, -1)
+    t = torch.full((2,), 0.8 + 0.2 * (k + 0.5) / 8)
+    conditions = base.encode_prompts([row["caption"]] * 2)
+    with torch.no_grad():
+        reference = base.predict(base.add_noise(x_0, noise, t), t, *conditions)
+        with adapter.user(adapter(users["a"][1:2], standardized=True)):
+            policy = base.predict(base.add_noise(x_0, noise, t), t, *conditions)
+    _, log = ppd_loss(policy, reference, noise, beta=1.0)
+    assert logits["a"][1, k].item() == pytest.approx(log["logits"].item(), rel=1e-2, abs=1e-3)
+
+
+def test_choices_are_compared_in_pairs():
+    names = [str(i % 10) for i in range(200)]
+    rng = np.random.default_rng(0)
+    own = (rng.uniform(size=200) < 0.7).astype(float)
+    zero = np.where(rng.uniform(size=200) < 0.8, own, 1 - own)
+    zero[:40] = 0
+    result = evaluate.summarize_choices(dict(own=own, zero=zero, other=own), names)
+    assert result["own"]["rate"] == pytest.approx(own.mean(), abs=1e-4)
+    assert result["own"]["users"] == 10 and result["own"]["n"] == 200
+    assert result["own_over_zero"]["mean"] == pytest.approx((own - zero).mean(), abs=1e-4)
+    assert result["own_over_zero"]["own_only"] == ((own == 1) & (zero == 0)).sum()
+    assert result["own_over_other"]["mean"] == 0 and result["own_over_other"]["mcnemar_p"] == 1
+    assert evaluate.mcnemar(1, 9) == pytest.approx(22 / 1024)  # scipy.stats.binomtest(1, 10)
+    others = evaluate.other_users(names)
+    assert all(names[i] != names[j] for i, j in enumerate(others))
 
 
 def test_the_scripts_share_a_page(tmp_path, capsys):

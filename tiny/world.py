@@ -233,6 +233,15 @@ def taste_posterior(z):
     return posterior / posterior.sum(1, keepdims=True)
 
 
+def predict_choices(shots, pairs):
+    """How likely the first of two images is chosen, to who knows four choices and which tastes
+    there are, and reads them perfectly. shots, pairs: standardized axes, preferred first, of the
+    choices (n, 4, 2, 5) and of the images (n, 2, 5) -> (n,)."""
+    weights, _, _ = all_tastes()
+    gap = BRADLEY_TERRY_SCALE * (pairs[:, 0] - pairs[:, 1]) @ weights.T
+    return (taste_posterior(shots) / (1 + np.exp(-gap))).sum(1)
+
+
 def draw_pairs(rng, n):
     """n pairs that one user is shown: (caption, whether the last winner stays, image, image)."""
     pairs = []
