@@ -3,6 +3,7 @@ assets/results.json, which a shipped adapter still earns."""
 
 import json
 import re
+import shutil
 import time
 from types import SimpleNamespace
 
@@ -233,6 +234,23 @@ def test_implicit_logits_are_eq_6_by_hand(runs, people):
             policy = base.predict(base.add_noise(x_0, noise, t), t, *conditions)
     _, log = ppd_loss(policy, reference, noise, beta=1.0)
     assert logits["a"][1, k].item() == pytest.approx(log["logits"].item(), rel=1e-2, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_choices_among_emoji(tmp_path):
+    """Real images by several artists: choices are predicted under the right artist's id."""
+    if not shutil.which("npm"):
+        pytest.skip("no npm here")
+    ids, run = tmp_path / "ids", tmp_path / "run"
+    done = script("tests/icons.py", "--out", tmp_path / "icons", "--ids", ids, check=False)
+    if "npm" in done.stderr:
+        pytest.skip(f"no packages here: {done.stderr[-200:]}")
+    how = "--max-steps 100 --beta 1 --lr 1e-3 --t-min 0.2 --preview-every 0".split()
+    script("train.py", "--users", ids, "--out", run, *how)
+    evaluate.main(["choices", "--adapter", str(run), "--n", "400"])
+    found = json.loads((run / "evaluation.json").read_text())["choices"]["choices"]["seen"]
+    assert found["own"]["rate"] > found["zero"]["rate"] > found["other"]["rate"]
+    assert found["own_over_zero"]["mcnemar_p"] < 0.01
 
 
 def test_choices_are_compared_in_pairs():
