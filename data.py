@@ -484,6 +484,12 @@ def epoch_order(seed, epoch, n):
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
+def keyed_generator(*numbers):
+    """A random stream that these integers, 0 or more, decide."""
+    key = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(key) >> 1)  # torch takes 63 bits
+
+
 @dataclass(eq=False)
 class PreferencePairs(Dataset):
     """The pair at an index of the endless training sequence, epoch after epoch, each in an order of
@@ -508,8 +514,7 @@ class PreferencePairs(Dataset):
         user: (D,) float32, the embedding of one of the groups that may condition this pair
         drop_draw: float in [0, 1], 1 by rounding; up to --user-drop the user is zeroed
         """
-        key = np.random.SeedSequence([self.seed, index]).generate_state(1, np.uint64)[0]
-        g = torch.Generator().manual_seed(int(key) >> 1)  # torch takes 63 bits
+        g = keyed_generator(self.seed, index)
         time_draw, drop_draw, group_draw = torch.rand(3, generator=g, dtype=torch.float64).tolist()
         noise = torch.randn(2, *self.latent_shape, generator=g)
         noise = noise if self.separate_noise else noise[:1].expand_as(noise)

@@ -153,15 +153,16 @@ def compare(ours, theirs):
     return dict(win_rate=won.pop("rate"), **won, mean=mean, mean_other=mean_other)
 
 
-def bootstrap_ci(statistics, *sizes):
-    """95% intervals of statistics over clusters, all resampled together: statistics(*indices) ->
-    {name: number}; sizes: of each kind of cluster. Returns {name: [low, high]}."""
+def bootstrap_ci(statistics, n):
+    """95% intervals of statistics over n clusters that are resampled: statistics(indices) -> {name:
+    number}; returns {name: [low, high]}."""
     rng = np.random.default_rng(0)
-    draws = [statistics(*(rng.integers(n, size=n) for n in sizes)) for _ in range(BOOTSTRAP)]
-    return {
-        name: [round(float(q), 4) for q in np.nanquantile([d[name] for d in draws], (0.025, 0.975))]
-        for name in draws[0]
-    }
+    draws = [statistics(rng.integers(n, size=n)) for _ in range(BOOTSTRAP)]
+    intervals = {}
+    for name in draws[0]:
+        low, high = np.quantile([draw[name] for draw in draws], (0.025, 0.975))
+        intervals[name] = [round(float(low), 4), round(float(high), 4)]
+    return intervals
 
 
 def ridge(x, y, strength=10.0):
@@ -388,6 +389,7 @@ def choices(args):
     data = Path(settings["data"])
     is_drawn = (data / "people.json").is_file() and not settings.get("one_hot")
     tastes = load_true_tastes(data)[0] if is_drawn else None
+    find = rows_by_id(data) if is_drawn else None
     rows = held_out_rows(users, pairs)
     base = load_base_for(adapter, args)
     t_min = adapter.header.get("recipe", {}).get("t_min", 0.001)
@@ -401,7 +403,7 @@ def choices(args):
         logits = implicit_logits(base, adapter, chosen, images, arms, t_min, args.batch)
         right = {arm: win_indicator(v.mean(1).numpy(), 0) for arm, v in logits.items()}
         if is_drawn:
-            shots, pair = shown_axes(data, users, chosen)
+            shots, pair = shown_axes(data, users, chosen, find)
             right["perfect_reader"] = win_indicator(world.predict_choices(shots, pair), 0.5)
             gap = (pair[:, 0] - pair[:, 1]) * tastes(names).numpy()
             right["true_taste"] = win_indicator(gap.sum(1), 0)
@@ -439,10 +441,9 @@ def other_users(names):
     ]
 
 
-def shown_axes(data, users, rows):
+def shown_axes(data, users, rows, find):
     """Standardized axes, preferred first, of what conditions each row, (B, 4, 2, 5), and of its own
-    two images, (B, 2, 5)."""
-    find = rows_by_id(data)
+    two images, (B, 2, 5). find: see rows_by_id."""
     shots, pairs = [], []
     for row in rows:
         group = load_user(users / f"{row['user']}.pt")["shots"][row["groups"][0]]
@@ -497,7 +498,7 @@ def choices_table(result):
     kinds = result["choices"]
     rows = []
     for arm, title in titles.items():
-        if arm in kinds["seen"]:
+        if all(arm in r for r in kinds.values()):
             rows.append([title, *(format_rate(r[arm]) for r in kinds.values())])
     for arm in ("zero", "other"):
         cells = []

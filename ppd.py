@@ -78,7 +78,7 @@ class UserAdapter(nn.Module):
     def forward(self, embedding, drop=None, standardized=False):
         """User embeddings (B, D), raw or `standardized` already -> user tokens (B, L, d). drop:
         (B,) bool, True = the zero user (Sec. 4.3's random drop), or None."""
-        u = embedding if standardized else (embedding - self.mean) / self.std
+        u = embedding if standardized else self.standardize(embedding)
         if drop is not None:
             u = u.masked_fill(drop[:, None], 0)
         tokens = einops.rearrange(self.project(u), "b (l d) -> b l d", l=self.n_tokens)

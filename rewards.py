@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import utils
-from data import read_images, write_pairs, write_user
+from data import keyed_generator, read_images, write_pairs, write_user
 from ppd import ppd_loss
 from tiny import world
 from utils import InputError, hub_file
@@ -176,8 +176,7 @@ def implicit_logits(base, adapter, rows, load_images, users, t_min, batch):
 
 def fixed_noise(ranking_id, shape):
     """The noise of a pair's N_DRAWS draws, (N_DRAWS, C, h, w)."""
-    key = np.random.SeedSequence([0, ranking_id % 2**63]).generate_state(1, np.uint64)[0]
-    return torch.randn(N_DRAWS, *shape, generator=torch.Generator().manual_seed(int(key) >> 1))
+    return torch.randn(N_DRAWS, *shape, generator=keyed_generator(0, ranking_id % 2**63))
 
 
 def score_pairs(folder, data, names, rows, device, chunk_size=256):

@@ -5,9 +5,9 @@
     python sample.py --user me.pt:0.7 --user users/17.pt:0.3 --user-scale 1.5 --prompt "a red star"
 
 --user without a weight: one image each, and a labeled grid. With weights, which are relative: all
-of them blended into one user; the strength of a taste is --user-scale. `zero`
-is the population's taste, `base` (or no --user) the untouched base. The settings of every image are
-in its PNG metadata.
+of them blended into one user; the strength of a taste is --user-scale. `zero` is the population's
+taste, `base` (or no --user) the untouched base. The settings of every image are in its PNG
+metadata.
 """
 
 import csv

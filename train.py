@@ -79,9 +79,7 @@ def parse_args(argv=None):
     add("--warmup", type=int, help="steps of linear warm-up " + by_base("warmup"))
     add("--decay", choices=("constant", "cosine"), help="of the rate " + by_base("decay"))
     add("--clip", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
-    add(
-        "--user-drop", type=float, default=0.1, help="share of pairs of the zero user (%(default)s)"
-    )
+    add("--user-drop", type=float, default=0.1, help="zero user's share of pairs (%(default)s)")
     add("--noise", choices=("shared", "separate"), default="shared", help="of a pair's images")
     add("--tokens", type=int, help="user tokens " + by_base("tokens"))
     add("--token-dim", type=int, help="their width " + by_base("token_dim"))
@@ -142,6 +140,10 @@ def check_args(args, error):
         error(f"--out {args.out} holds a run already: add --resume, or choose another folder")
 
 
+def to_device(batch, device):
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
 # ----------------------------------------------------------------------- one micro-step
 def micro_step(base, adapter, batch, beta, user_drop=0.0, pairs_per_step=None):
     """Eq. 6 on a micro-batch of B pairs, and its gradient.
@@ -151,7 +153,7 @@ def micro_step(base, adapter, batch, beta, user_drop=0.0, pairs_per_step=None):
     pairs_per_step: what the sum of the losses is divided by for backward; None: no backward
     Returns the losses (B,) and (B,) tensors to log. Nothing here waits for the GPU.
     """
-    batch = {key: value.to(base.device, non_blocking=True) for key, value in batch.items()}
+    batch = to_device(batch, base.device)
     x_t, t, target, conditions = noised_inputs(base, batch)
     user_tokens = adapter(batch["user"], drop=batch["drop_draw"] <= user_drop)  # (B, L, d)
     # the reference model: the same network, which is not shown the user; detached
@@ -168,7 +170,7 @@ def micro_step(base, adapter, batch, beta, user_drop=0.0, pairs_per_step=None):
 
 def sft_micro_step(base, adapter, batch, user_drop=0.0, pairs_per_step=None):
     """The SFT baseline: Eq. 1 on the preferred images, given the user. As micro_step otherwise."""
-    batch = {key: value.to(base.device, non_blocking=True) for key, value in batch.items()}
+    batch = to_device(batch, base.device)
     x_t, t, target, conditions = noised_inputs(base, batch, images_per_pair=1)
     with adapter.user(adapter(batch["user"], drop=batch["drop_draw"] <= user_drop)):
         losses = denoising_error(base.predict(x_t, t, *conditions), target)
@@ -456,8 +458,8 @@ def run(args):
             progress.update()
             if due or stopping:
                 save(step + 1)
-            due = args.preview_every and ((step + 1) % args.preview_every == 0 or last)
-            if rank == 0 and due and preview_captions:
+            painting = args.preview_every and ((step + 1) % args.preview_every == 0 or last)
+            if rank == 0 and painting and preview_captions:
                 path = Path(args.out) / "previews" / f"step-{step + 1:06d}.png"
                 preview(base, adapter, preview_captions, preview_users, path)
             if stopping:

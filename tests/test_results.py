@@ -253,6 +253,16 @@ def test_choices_among_emoji(tmp_path):
     assert found["own_over_zero"]["mcnemar_p"] < 0.01
 
 
+def test_choices_of_new_users_alone_make_a_table():
+    """A data set may have no seen user with a held-out caption."""
+    names = [str(i) for i in range(20)]
+    right = {arm: np.arange(20) % 2.0 for arm in ("own", "zero", "other")}
+    found = evaluate.summarize_choices(right, names) | dict(logit=dict(sd=1.0, noise=0.5, n=20))
+    table = evaluate.choices_table(dict(choices=dict(new_user=found)))
+    assert "new, 20 choices of 20" in table and "own minus zero user" in table
+    assert "perfect reader" not in table
+
+
 def test_choices_are_compared_in_pairs():
     names = [str(i % 10) for i in range(200)]
     rng = np.random.default_rng(0)
