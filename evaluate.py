@@ -398,8 +398,9 @@ def choices(args):
         images = ImagePairs(data, base.codec, found)  # latents are cached of others
         chosen = readable_rows(found, images, args.n or 500)
         names = [row["user"] for row in chosen]
+        others = other_users(names)
         own = load_embeddings(adapter, users, names, [row["groups"][0] for row in chosen])
-        arms = dict(own=own, zero=torch.zeros_like(own), other=own[other_users(names)])
+        arms = dict(own=own, zero=torch.zeros_like(own), other=own[others])
         logits = implicit_logits(base, adapter, chosen, images, arms, t_min, args.batch)
         right = {arm: win_indicator(v.mean(1).numpy(), 0) for arm, v in logits.items()}
         if is_drawn:
@@ -433,8 +434,11 @@ def readable_rows(rows, images, n):
 
 
 def other_users(names):
-    """For each row the index of a row of another user, half the list away where it can be."""
+    """For each row the index of a row of another user, half the list away where it can be.
+    InputError if there is one user only."""
     n = len(names)
+    if len(set(names)) < 2:
+        raise InputError(f"{n} choices, of fewer than two users; expected more: give a larger --n")
     return [
         next(j % n for j in range(i + n // 2, i + n // 2 + n) if names[j % n] != name)
         for i, name in enumerate(names)

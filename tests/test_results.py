@@ -278,6 +278,8 @@ def test_choices_are_compared_in_pairs():
     assert evaluate.mcnemar(1, 9) == pytest.approx(22 / 1024)  # scipy.stats.binomtest(1, 10)
     others = evaluate.other_users(names)
     assert all(names[i] != names[j] for i, j in enumerate(others))
+    with pytest.raises(evaluate.InputError, match="2 choices, of fewer than two users; .*--n"):
+        evaluate.other_users(["a", "a"])
 
 
 def test_the_scripts_share_a_page(tmp_path, capsys):
