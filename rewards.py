@@ -161,8 +161,9 @@ def implicit_logits(base, adapter, rows, load_images, users, t_min, batch):
         noise = [fixed_noise(row["ranking_id"], base.latent_shape) for row in part]
         noise = torch.cat(noise).to(base.device).repeat(2, 1, 1, 1)
         t = grid.to(base.device).repeat(2 * len(part))
-        captions = [row["caption"] for row in part for _ in range(N_DRAWS)]
-        conditions = [c.repeat(2, *[1] * (c.ndim - 1)) for c in base.encode_prompts(captions)]
+        conditions = base.encode_prompts([row["caption"] for row in part])
+        conditions = [c.repeat_interleave(N_DRAWS, 0) for c in conditions]
+        conditions = [c.repeat(2, *[1] * (c.ndim - 1)) for c in conditions]
         x_t, target = base.add_noise(x_0, noise, t), base.target(x_0, noise, t)
         pred_ref = base.predict(x_t, t, *conditions)
         for arm, embeddings in users.items():
