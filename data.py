@@ -2,59 +2,73 @@
 
 The way of a pair: read_rows -> split_rows (Sec. 5.2) -> embed.py or rewards.py (whose it is, which
 groups may condition it) -> pairs.parquet (write_pairs, read_pairs) -> PreferencePairs (a training
-example) -> collate (a micro-batch). Images come from the parquet files (ImagePairs), or their
-latents from a cache (CachedLatents, `embed.py --cache-latents`).
+example) -> collate (a micro-batch). Its images or their latents come from bases/latents.py.
 """
 
 import contextlib
 import hashlib
-import io
 import json
 import re
 import signal
 import sys
-import warnings
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
+from numbers import Number
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
-from utils import InputError, first_line, read_json, torch_load_safe, write_atomically
+from utils import InputError, first_line, torch_load_safe, write_atomically
 
-SPLITS = ("train", "validation", "test-seen", "test-unseen")
-SALT = 33759  # of the split hashes; with it the 8 tiny test captions show all colors and shapes
+SPLITS = ("train", "validation", "validation-unseen", "test-seen", "test-unseen")
+SALT = 22350  # of the split hashes; with it the 20 tiny test captions show all colors and shapes
 INTEGER = pa.int64()
 TEXT = pa.string()
 # What is read of Pick-a-Pic v2's rows, and what pairs.parquet holds (scores: of synthetic users).
-COLUMNS = dict(ranking_id=INTEGER, user_id=INTEGER, caption=TEXT, image_0_uid=TEXT)
-COLUMNS |= dict(image_1_uid=TEXT, label_0=pa.float64())
+COLUMNS = dict(ranking_id=INTEGER, user_id=TEXT, caption=TEXT, image_0_uid=TEXT)
+COLUMNS |= dict(image_1_uid=TEXT, label_0=pa.float64(), label_1=pa.float64())
 IMAGE_COLUMNS = ("jpg_0", "jpg_1")
+ID_COLUMNS = ("ranking_id", "image_0_uid", "image_1_uid")  # by which a row is known again
 PAIR_COLUMNS = dict(ranking_id=INTEGER, user=TEXT, split=TEXT, caption=TEXT, file=TEXT, row=INTEGER)
 PAIR_COLUMNS |= dict(preferred=INTEGER, groups=pa.list_(INTEGER))
 OPTIONAL_COLUMNS = ("image_0_uid", "image_1_uid", "score_0", "score_1")
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # others may start programs
-CACHE_AGAIN = "delete it and its .done.npy and run embed.py --cache-latents again"
+# Other public sets, {their column: what it is to us}; see convert_data
+COLUMN_MAPS = dict(
+    hpdv2="user_id=user_id,prompt=caption,image_left_id=image_0,image_right_id=image_1,pref=choice",
+    pamela="participant_id=user_id,prompt=caption,image=image,rating=rating",
+)
+COLUMN_MAPS["open-image-preferences"] = (
+    "preference.responses.users=user_id,prompt=caption,images.image_1=image_0,"
+    "images.image_2=image_1,preference.responses=choice"
+)
+CONVERTED = "train-00000-of-00001.parquet"  # what convert_data writes
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+CHOICES = {"1": 1.0, "-1": 0.0, "image_1": 1.0, "image_2": 0.0}  # of the first image; else a tie
 
 
 def read_rows(data):
     """Every row's metadata: dicts with COLUMNS plus `file` (inside the folder) and `row` (inside
-    the file); no image of Pick-a-Pic's 335 GB is read. Raises InputError naming file and column."""
+    the file); no image of Pick-a-Pic's 335 GB is read. Hidden files and folders and our own
+    pairs.parquet are passed over. Raises InputError naming file and column."""
     data = Path(data)
-    files = sorted(data.rglob("*.parquet"))
-    if not files:
-        raise InputError(f"--data {data}: no .parquet file in that folder")
     rows = []
-    for file in files:
+    n_files = 0
+    for file in sorted(data.rglob("*.parquet")):
+        if any(part.startswith(".") for part in file.relative_to(data).parts):
+            continue
         try:
             reader = pq.ParquetFile(file)
             schema = reader.schema_arrow
+            if b"ppd" in (schema.metadata or ()):
+                continue
+            n_files += 1
             table = reader.read(columns=[name for name in COLUMNS if name in schema.names])
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{file}: not a readable parquet file ({first_line(error)})") from None
@@ -64,7 +78,168 @@ def read_rows(data):
         found = cast_columns(table, COLUMNS, file).to_pylist()
         name = str(file.relative_to(data))
         rows += [row | dict(file=name, row=i) for i, row in enumerate(found)]
+    if not n_files:
+        raise InputError(f"--data {data}: no .parquet file in that folder")
     return rows
+
+
+def convert_data(source, columns, out):
+    """Another data set's parquet or jsonl files -> one in `out`, in Pick-a-Pic's columns.
+
+    columns: a key of COLUMN_MAPS, or "theirs=ours,...", where ours are caption, user_id and either
+        preferred and dispreferred (images), or image_0, image_1 and choice (one of CHOICES; lists
+        of users and choices where several chose), or image and rating, of which pairs are made
+    An image is bytes, {"bytes"} or {"path"} as in the hub's sets, or the name of a file in source.
+    """
+    words = COLUMN_MAPS.get(columns, columns).split(",")
+    names = dict(word.split("=", 1) for word in words if "=" in word)
+    kinds = ({"preferred", "dispreferred"}, {"image_0", "image_1", "choice"}, {"image", "rating"})
+    if set(names.values()) not in [kind | {"caption", "user_id"} for kind in kinds]:
+        expected = f"one of {', '.join(COLUMN_MAPS)}, or theirs=ours,... as data.convert_data says"
+        raise InputError(f"--columns {columns}: expected {expected}")
+    choices = read_choices(Path(source), names)
+    choices = iter(pair_ratings(choices) if "rating" in names.values() else choices)
+    schema = pa.schema(COLUMNS | dict.fromkeys(IMAGE_COLUMNS, pa.binary()))
+    users = []
+
+    def write(to):
+        with pq.ParquetWriter(to, schema) as writer:
+            for part in iter(lambda: list(islice(choices, 100)), []):
+                rows = []
+                for choice in part:
+                    images = [choice["image_0"], choice["image_1"]]
+                    uids = [hashlib.sha1(image).hexdigest()[:20] for image in images]
+                    row = [len(users), choice["user_id"], choice["caption"], *uids]
+                    rows.append([*row, choice["label"], 1 - choice["label"], *images])
+                    users.append(choice["user_id"])
+                writer.write_table(pa.table(list(zip(*rows, strict=True)), schema), 100)
+
+    Path(out).mkdir(parents=True, exist_ok=True)
+    write_atomically(Path(out) / CONVERTED, write)
+    print(f"--columns {columns}: {len(users)} choices of {len(set(users))} users -> {out}")
+
+
+def read_choices(source, names):
+    """Records of a set's files by our names for their columns, images as bytes: dicts of user_id,
+    caption, image_0, image_1 and label (the first's), or image and rating. One without its images
+    is named and left out."""
+    load = image_loader(source.parent if source.is_file() else source)
+    shown = (path for path in sorted(source.rglob("*")) if not path.name.startswith("."))
+    for path, number, record in read_records([source] if source.is_file() else shown):
+        where = f"{path} row {number}"
+        try:
+            row = {ours: cell(record, theirs) for theirs, ours in names.items()}
+        except (KeyError, TypeError):
+            raise InputError(f"{where}: not the columns {', '.join(names)}") from None
+        try:
+            row |= {key: load(row[key]) for key in row if "image" in key or "preferred" in key}
+        except (KeyError, ValueError, OSError) as error:
+            print(f"left out: {where}: no image {error}", file=sys.stderr)
+            continue
+        users, answers = row["user_id"], row.get("choice")
+        if not isinstance(users, list) and not isinstance(answers, list):
+            users, answers = [users], [answers]
+        texts = isinstance(row["caption"], str | None) and isinstance(row.get("rating", 0), Number)
+        lists = isinstance(users, list) and isinstance(answers, list)
+        if not texts or not lists or len(users) != len(answers):
+            raise InputError(f"{where}: expected a caption, a number to rate it, a choice a user")
+        if "preferred" in row:
+            row |= dict(image_0=row["preferred"], image_1=row["dispreferred"])
+        for user, answer in zip(users, answers, strict=True):
+            label = 1.0 if "preferred" in row else label_of(answer, where)
+            yield row | dict(user_id=None if user is None else str(user), label=label)
+
+
+def image_loader(root):
+    """A function from an image in a record, see convert_data, to its bytes."""
+
+    @lru_cache(None)
+    def index():  # of images that are named, but not where they are
+        found = {}
+        for path in root.rglob("*"):
+            if path.suffix.lower() in IMAGE_SUFFIXES:
+                for name in {path.name, path.stem}:
+                    found.setdefault(name, []).append(path)
+        return found
+
+    def load(value):
+        value = (value.get("bytes") or value.get("path")) if isinstance(value, dict) else value
+        if isinstance(value, bytes):
+            return value
+        file = root / str(value)
+        if not file.is_file():
+            (file,) = index()[file.name]  # of several none is known to be it
+        return file.read_bytes()
+
+    return load
+
+
+def label_of(choice, where):
+    """The first image's label by a set's own word for a choice: what is no number may be a tie."""
+    if isinstance(choice, float) and choice.is_integer():
+        choice = int(choice)
+    if isinstance(choice, Number) and str(choice) not in CHOICES:
+        raise InputError(
+            f"{where}: choice {choice}; expected 1 for the first image, -1 for the other"
+        )
+    return CHOICES.get(str(choice), 0.5)
+
+
+def read_records(paths):
+    """(path, number, dict) of the rows of those of the files that are parquet or jsonl."""
+    for path in paths:
+        try:
+            records = ()
+            if path.suffix == ".parquet":
+                batches = pq.ParquetFile(path).iter_batches(100)
+                records = (record for batch in batches for record in batch.to_pylist())
+            elif path.suffix == ".jsonl":
+                lines = path.read_bytes().decode("utf-8-sig").split("\n")
+                records = (json.loads(line) for line in lines if line.strip())
+            for number, record in enumerate(records):
+                yield path, number, record
+        except (ValueError, pa.ArrowException, OSError) as error:
+            raise InputError(f"{path}: cannot be read ({first_line(error)})") from None
+
+
+def cell(record, name):
+    """A record's value; "a.b" is a column of that name, or b inside a."""
+    if name in record:
+        return record[name]
+    for part in name.split("."):
+        record = record[part]
+    return record
+
+
+def pair_ratings(rated):
+    """Choices of who rated images of one caption: the best over the worst, the second best over the
+    second worst and so on, each image once, where they differ."""
+    groups, seen = {}, {}
+    for row in rated:
+        row["image"] = seen.setdefault(hashlib.sha1(row["image"]).digest(), row["image"])
+        groups.setdefault((row["user_id"], row["caption"]), []).append(row)
+    for rows in groups.values():
+        rows.sort(key=lambda row: row["rating"], reverse=True)
+        for best, worst in zip(rows[: len(rows) // 2], rows[::-1], strict=False):
+            if best["rating"] > worst["rating"]:
+                yield best | dict(image_0=best["image"], image_1=worst["image"], label=1.0)
+
+
+def look_up(table, keys, missing="people.json: no user"):
+    """The values of keys in a dict; of one that is not there InputError, "<missing> <key> ..."."""
+    for key in keys:
+        if key not in table:
+            raise InputError(f"{missing} {key} there; expected the data the users were read from")
+    return [table[key] for key in keys]
+
+
+def rows_by_id(data):
+    """A function from ranking ids to the rows of a data folder, of repeated ones to the one that
+    split_rows keeps; InputError of an id not there."""
+    rows = {}
+    for row in filter(is_choice, read_rows(data)):
+        rows.setdefault(row["ranking_id"], row)
+    return lambda ids: look_up(rows, ids, f"--data {data}: no pair of ranking id")
 
 
 def cast_columns(table, types, path):
@@ -72,11 +247,22 @@ def cast_columns(table, types, path):
     columns = {}
     for name, kind in types.items():
         try:
-            columns[name] = table[name].cast(kind)
+            columns[name] = as_text(table[name]) if kind == TEXT else table[name].cast(kind)
         except (KeyError, pa.ArrowException):
             problem = f"column {name!r} is missing or unusable; expected {kind}"
             raise InputError(f"{path}: {problem}") from None
     return pa.table(columns)
+
+
+def as_text(column):
+    """A column as text, empty where that is not UTF-8."""
+    try:
+        column = column.cast(TEXT)
+        column.validate(full=True)
+        return column
+    except pa.ArrowInvalid:
+        texts = [v and v.decode(errors="replace") for v in column.cast(pa.binary()).to_pylist()]
+        return pa.array([None if v and "\ufffd" in v else v for v in texts], TEXT)
 
 
 def hash_fraction(kind, key):
@@ -85,35 +271,49 @@ def hash_fraction(kind, key):
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def split_rows(rows, validation, test, unseen):
-    """Sec. 5.2's four splits, by hash of user and caption.
+def split_rows(rows, validation, test, unseen, validation_users=0.0):
+    """Sec. 5.2's splits, by hash of user and caption: three sets of captions by three of users.
 
-    validation, test: shares of captions; unseen: share of users
+    validation, test: shares of captions; unseen, validation_users: shares of users to test and to
+        tune on
     Returns the kept rows with their `split` and `preferred` (0 or 1), and a Counter of what was
-    dropped and why. An unseen user's other captions are split "shots": they only condition. Images
+    dropped and why. Training users' rows are split "train", "validation" and "test-seen" by their
+    caption. Of the other users' rows "test-unseen" and "validation-unseen" are tested, those of
+    split "shots" only condition, and validation users' rows of test captions are dropped. Images
     recur (Pick-a-Pic's winner stays): a row outside train that shares one with train is dropped.
     """
 
     @lru_cache(None)
     def split_of(user, caption):
-        is_unseen = hash_fraction("user", user) < unseen
         fraction = hash_fraction("caption", caption)
+        kind = "validation" if fraction < validation else "train"
         if validation <= fraction < validation + test:
-            return "test-unseen" if is_unseen else "test-seen"
-        if is_unseen:
-            return "shots"
-        return "validation" if fraction < validation else "train"
+            kind = "test"
+        fraction = hash_fraction("user", user)
+        if fraction < unseen:
+            return "test-unseen" if kind == "test" else "shots"
+        if fraction < unseen + validation_users:
+            splits = dict(train="shots", validation="validation-unseen", test=None)
+            return splits[kind]
+        return "test-seen" if kind == "test" else kind
 
     kept = []
     dropped = Counter()
+    first = {}
     for row in rows:
-        if row["label_0"] not in (0, 1):
-            dropped["tie or no label"] += 1
-        elif row["caption"] is None or row["user_id"] is None:
-            dropped["no caption or no user"] += 1
-        else:
-            row["split"] = split_of(row["user_id"], " ".join(row["caption"].lower().split()))
+        row["split"] = None
+        if row["ranking_id"] is None or not row["caption"] or not row["user_id"]:
+            dropped["no id, caption or user"] += 1
+        elif not is_choice(row):
+            dropped["tie or no choice"] += 1
+        elif not is_repeated(row, first.setdefault(row["ranking_id"], row)):
+            caption = unicodedata.normalize("NFC", row["caption"])
+            row["split"] = split_of(row["user_id"], " ".join(caption.lower().split()))
             row["preferred"] = 0 if row["label_0"] == 1 else 1
+            dropped["validation user, test caption"] += row["split"] is None
+        else:
+            dropped["repeated"] += 1
+        if row["split"]:
             kept.append(row)
     trained = {image for row in kept if row["split"] == "train" for image in image_ids(row)}
     fresh = [row for row in kept if row["split"] == "train" or not trained & image_ids(row)]
@@ -121,13 +321,35 @@ def split_rows(rows, validation, test, unseen):
     return fresh, dropped
 
 
-def held_out_rows(users, pairs):
+def is_choice(row):
+    return (row["label_0"], row["label_1"]) in ((0, 1), (1, 0))
+
+
+def is_repeated(row, first):
+    """Whether a row is a copy of the first one of its ranking id; InputError if only the id is."""
+    keys = ("user_id", "caption", "image_0_uid", "image_1_uid")
+    if any(row[key] != first[key] for key in keys):
+        places = " and ".join(f"{r['file']} row {r['row']}" for r in (first, row))
+        raise InputError(f"{places} are different choices of one ranking_id, {row['ranking_id']}")
+    return row is not first
+
+
+def held_out_rows(users, pairs, new_tastes=()):
     """The tested rows of pairs.parquet by kind of user, in an order that only hashes decide:
-    dict(seen=, new_user=), those that there are. InputError, naming the folder `users`, if there is
-    nobody, or one user alone of a kind."""
-    kinds = {"seen": "test-seen", "new_user": "test-unseen"}
-    ordered = sorted(pairs, key=lambda row: hash_fraction("evaluation", row["ranking_id"]))
-    rows = {kind: [r for r in ordered if r["split"] == split] for kind, split in kinds.items()}
+    dict(seen=, new_user=, new_taste=), the last of users among `new_tastes`, if there are any.
+    InputError, naming the folder `users`, if there is nobody, or one alone of a kind, or if a user
+    with a new taste was trained or tuned on."""
+    used = {row["user"] for row in pairs if row["split"] in ("train", "validation-unseen")}
+    used = used.intersection(new_tastes)
+    if used:
+        problem = f"user {min(used)} has a new taste but trains; embed with more --unseen-users"
+        raise InputError(f"--users {users}: {problem}")
+    rows = dict(seen=[], new_user=[], new_taste=[])
+    for row in sorted(pairs, key=lambda row: hash_fraction("evaluation", row["ranking_id"])):
+        if row["split"] == "test-seen":
+            rows["seen"].append(row)
+        elif row["split"] == "test-unseen":
+            rows["new_taste" if row["user"] in new_tastes else "new_user"].append(row)
     if not any(rows.values()):
         raise InputError(f"--users {users}: pairs.parquet has no pair to test on")
     for kind, found in rows.items():
@@ -137,6 +359,15 @@ def held_out_rows(users, pairs):
     return {kind: found for kind, found in rows.items() if found}
 
 
+def one_each(rows, n):
+    """The first row of each of n users, whom only their own hashes choose: in the rows' order those
+    who have many would come first."""
+    first = {}
+    for row in rows:
+        first.setdefault(row["user"], row)
+    return sorted(first.values(), key=lambda row: hash_fraction("evaluation", row["user"]))[:n]
+
+
 def image_key(row, side):
     """An image recurs under one id; one without an id is only itself."""
     return str(row.get(f"image_{side}_uid") or f"{row['file']} {row['row']} {side}")
@@ -144,65 +375,6 @@ def image_key(row, side):
 
 def image_ids(row):
     return {image_key(row, 0), image_key(row, 1)}
-
-
-def print_splits(rows, dropped):
-    print(f"{'split':<14}{'users':>8}{'captions':>10}{'pairs':>10}")
-    for split in (*SPLITS, "shots"):
-        part = [row for row in rows if row["split"] == split]
-        users, captions = (len({row[key] for row in part}) for key in ("user_id", "caption"))
-        print(f"{split:<14}{users:>8}{captions:>10}{len(part):>10}")
-    for reason, count in dropped.items():
-        print(f"dropped: {reason:<25}{count:>8}")
-
-
-@lru_cache(None)
-def row_group_starts(file):
-    """First row of each of a parquet file's row groups, and the end."""
-    meta = pq.read_metadata(file)
-    return np.cumsum([0] + [meta.row_group(g).num_rows for g in range(meta.num_row_groups)])
-
-
-@lru_cache(8)
-def read_row_group(file, group):
-    return pq.ParquetFile(file).read_row_group(group, columns=list(IMAGE_COLUMNS))
-
-
-def read_images(data, row, sides=(0, 1)):
-    """The two images of a row of read_rows or pairs.parquet, or those of `sides`, as PIL images.
-    Raises InputError naming file, row and column."""
-    file = Path(data) / row["file"]
-    try:
-        starts = row_group_starts(file)
-        group = int(np.searchsorted(starts, row["row"], "right")) - 1
-        table = read_row_group(file, group)
-        content = {side: table[f"jpg_{side}"][row["row"] - starts[group]].as_py() for side in sides}
-    except (pa.ArrowException, OSError, LookupError) as e:
-        raise InputError(f"{file} row {row['row']}: cannot be read ({type(e).__name__})") from None
-    name = f"{row['file']} row {row['row']}"
-    return [open_image(content[side] or b"", f"{name} jpg_{side}") for side in sides]
-
-
-def open_image(source, name):
-    """An image from a path or from bytes, any mode and orientation -> RGB PIL image, transparency
-    over white. Raises InputError naming it if it is missing, broken, cut short or too large."""
-    file = io.BytesIO(source) if isinstance(source, bytes) else source
-    try:
-        with warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning):
-            image = ImageOps.exif_transpose(Image.open(file, formats=IMAGE_FORMATS))
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
-    except Exception as error:  # Pillow raises a dozen kinds
-        reason = re.sub(r" <_io.*?>", "", str(error))
-        raise InputError(f"{name}: not a usable image ({type(error).__name__}: {reason})") from None
-
-
-def fit_pixels(images, side, resample):
-    """PIL images, short side resized and centre cropped -> (B, 3, side, side) uint8."""
-    fitted = [ImageOps.fit(image.convert("RGB"), (side, side), resample) for image in images]
-    return torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2).contiguous()
 
 
 def few_shot_groups(rows, most, shots=4):
@@ -215,19 +387,11 @@ def few_shot_groups(rows, most, shots=4):
     return [rows[shots * g : shots * (g + 1)] for g in range(count)]
 
 
-def load_shots(data, rows):
-    """Conditioning rows -> [(caption, preferred image, dispreferred image), ...]."""
-    shots = []
-    for row in rows:
-        images = read_images(data, row)
-        shots.append((row["caption"], *(images if row["label_0"] == 1 else images[::-1])))
-    return shots
-
-
-def write_user(folder, user, **fields):
-    """<folder>/<user>.pt, atomically; plain values and tensors only. See load_user."""
-    record = dict(user=user, shots=[], profile=None, split="train", vlm=None, layer=None, version=1)
-    write_atomically(Path(folder) / f"{user}.pt", lambda path: torch.save(record | fields, path))
+def write_user(path, **fields):
+    """A user's file, atomically; plain values and tensors only. See load_user."""
+    record = dict(user=Path(path).name.removesuffix(".pt"), shots=[], profile=None, split="train")
+    record |= dict(vlm=None, layer=None, version=1)
+    write_atomically(path, lambda to: torch.save(record | fields, to))
 
 
 def load_user(path):
@@ -283,7 +447,7 @@ def read_pairs(folder):
         if table[name].null_count:
             raise InputError(f"{path}: column {name!r} has an empty cell")
     for name in table["user"].unique().to_pylist():  # they become file names
-        if not re.fullmatch(r"[\w-][\w.-]*", name):
+        if not re.fullmatch(r"[\w%-][\w.%-]*", name):
             raise InputError(f"{path}: user {name!r}; expected letters, digits, '.', '_' and '-'")
     for file in table["file"].unique().to_pylist():
         if Path(file).is_absolute() or ".." in Path(file).parts:
@@ -335,150 +499,6 @@ def load_training_data(folder, only=None):
     return rows, embeddings, list(sources.pop()[1:]), settings
 
 
-class ImagePairs:
-    """The two images of a pair, preferred first, from the parquet files: (2, 3, S, S) uint8."""
-
-    kind = "images"
-
-    def __init__(self, data, codec, rows=()):
-        self.data = Path(data)
-        self.codec_fit = (codec.image_size, codec.resample)
-        for file in sorted({row["file"] for row in rows}):
-            if not (self.data / file).is_file():
-                raise InputError(f"--data {data}: no {file} there; give the folder embed.py read")
-
-    def __call__(self, row):
-        images = read_images(self.data, row, (row["preferred"], 1 - row["preferred"]))
-        return fit_pixels(images, *self.codec_fit)
-
-
-class SingleImages(Dataset):
-    """The images of [(row, side), ...], to encode: (3, S, S) uint8, or None for a broken one, which
-    is named."""
-
-    def __init__(self, sources, data, codec):
-        self.sources = sources
-        self.data = data
-        self.codec_fit = (codec.image_size, codec.resample)
-
-    def __len__(self):
-        return len(self.sources)
-
-    def __getitem__(self, i):
-        row, side = self.sources[i]
-        try:
-            return fit_pixels(read_images(self.data, row, (side,)), *self.codec_fit)[0]
-        except InputError as problem:
-            print(f"left out: {problem}", file=sys.stderr)
-
-
-class CachedLatents:
-    """Latents of a data set's images, encoded once: what ImagePairs gives as (2, C, h, w) latents.
-
-    A folder beside the data (or --latents) that all users folders share: index.json, the images'
-    ids in the order of the data's rows, and for every codec, size and dtype two memory-mapped
-    arrays, <name>.npy, (images, C, h, w), nan where an image is broken, bfloat16 as uint16, and
-    <name>.done.npy, 1 where one is encoded.
-    """
-
-    kind = "cached latents"
-
-    def __init__(self, folder, codec, dtype):
-        self.folder = Path(folder)
-        self.shape = tuple(codec.latent_shape)
-        self.dtype = dtype
-        size = "x".join(str(n) for n in self.shape)
-        name = f"{codec.digest()}-{size}-{str(dtype).removeprefix('torch.')}"
-        self.latents_path = self.folder / f"{name}.npy"
-        self.done_path = self.folder / f"{name}.done.npy"
-
-    def create(self, rows):
-        """Make the files for the images of these rows (all of the data's), unless they are there.
-        Raises InputError if the folder belongs to other data."""
-        ids = list(dict.fromkeys(image_key(row, side) for row in rows for side in (0, 1)))
-        index = self.folder / "index.json"
-        if not index.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_atomically(index, lambda path: path.write_text(json.dumps(dict(images=ids))))
-        elif read_json(index).get("images") != ids:
-            raise InputError(f"{index}: latents of other data; give another --latents")
-        if not self.done_path.exists():
-            kind = np.uint16 if self.dtype == torch.bfloat16 else np.float32
-            shape = (len(ids), *self.shape)
-            np.lib.format.open_memmap(self.latents_path, "w+", kind, shape).flush()
-            np.lib.format.open_memmap(self.done_path, "w+", np.uint8, shape[:1]).flush()
-
-    def open(self):
-        """Read the index; returns self. Raises InputError if a file is missing or broken."""
-        if not self.done_path.exists():
-            advice = "run embed.py --cache-latents with the same flags, or move the folder away"
-            raise InputError(f"{self.latents_path} is not there; {advice}")
-        index = self.folder / "index.json"
-        images = read_json(index).get("images")
-        if not isinstance(images, list):
-            raise InputError(f"{index}: no list of images; move the folder away")
-        self.index = {str(image): i for i, image in enumerate(images)}
-        shape = (len(images), *self.shape)
-        for path, expected in ((self.latents_path, shape), (self.done_path, shape[:1])):
-            if open_array(path).shape != expected:
-                raise InputError(f"{path}: not an array of {expected}; {CACHE_AGAIN}")
-        return self
-
-    def missing(self, rows):
-        """{image: (row, side)} of the images of these rows that are not encoded yet."""
-        done = open_array(self.done_path)
-        missing = {}
-        for row in rows:
-            for side in (0, 1):
-                key = image_key(row, side)
-                if key not in self.index:
-                    raise InputError(f"{self.folder}: latents of other data, without image {key}")
-                if not done[self.index[key]]:
-                    missing.setdefault(key, (row, side))
-        return missing
-
-    def write(self, keys, latents):
-        """Latents (n, C, h, w) of these images; each is done only once it is on the disk."""
-        positions = [self.index[key] for key in keys]
-        kind = torch.uint16 if self.dtype == torch.bfloat16 else torch.float32
-        latents = latents.cpu().contiguous().view(kind)
-        for path, values in ((self.latents_path, latents.numpy()), (self.done_path, 1)):
-            array = open_array(path, "r+")
-            array[positions] = values
-            array.flush()
-
-    def __call__(self, row):
-        sides = (row["preferred"], 1 - row["preferred"])
-        positions = [self.index[image_key(row, side)] for side in sides]
-        latents = torch.from_numpy(open_array(self.latents_path)[positions]).view(self.dtype)
-        if not latents.isfinite().all():
-            problem = "an image of it was broken when latents were cached"
-            raise InputError(f"{row['file']} row {row['row']}: {problem}")
-        return latents
-
-
-@lru_cache(None)  # opened once in each process
-def open_array(path, mode="r"):
-    try:
-        return np.lib.format.open_memmap(path, mode)
-    except (ValueError, OSError, EOFError) as error:
-        problem = f"no array of latents ({first_line(error, 60)}); {CACHE_AGAIN}"
-        raise InputError(f"{path}: {problem}") from None
-
-
-def open_images(data, latents, rows, codec, dtype):
-    """CachedLatents if the data's latents folder (or --latents) is there, else its ImagePairs."""
-    folder = Path(latents or Path(data) / "latents")
-    if not latents and not folder.is_dir():
-        return ImagePairs(data, codec, rows)
-    cached = CachedLatents(folder, codec, dtype).open()
-    n_missing = len(cached.missing(rows))
-    if n_missing:
-        problem = f"{n_missing} images are not encoded yet; run embed.py --cache-latents again"
-        raise InputError(f"{cached.latents_path}: {problem}")
-    return cached
-
-
 @lru_cache(2)
 def epoch_order(seed, epoch, n):
     return np.random.default_rng([seed, epoch]).permutation(n)
@@ -498,11 +518,12 @@ class PreferencePairs(Dataset):
 
     rows: list  # pairs to draw from
     embeddings: dict  # {user: (groups, D)}
-    load_images: ImagePairs | CachedLatents
+    load_images: object  # of bases.latents: a row -> its two images or latents
     latent_shape: tuple  # (C, h, w), of the noise
     seed: int
     separate_noise: bool = False  # one noise an image, as Eq. 6 writes it, instead of one a pair
     t_min: float = 0.0  # timesteps are uniform in [t_min, 1]
+    strata: int = 1  # of so many pairs after each other, each has one of as many equal parts of it
 
     def __getitem__(self, index):
         """One training example, a dict:
@@ -521,7 +542,7 @@ class PreferencePairs(Dataset):
         row, images = self.load(index)
         group = row["groups"][int(group_draw * len(row["groups"]))]
         user = self.embeddings[row["user"]][group]
-        t = self.t_min + (1 - self.t_min) * time_draw
+        t = self.t_min + (1 - self.t_min) * (index % self.strata + time_draw) / self.strata
         example = dict(caption=row["caption"], images=images, noise=noise)
         return example | dict(t=t, user=user, drop_draw=drop_draw)
 
@@ -568,7 +589,15 @@ def loading(dataset, **loader_settings):
     it. They ignore signals, so an interpreter that found them alive would wait for ever."""
 
     def batches():  # closed, it drops the loader's own iterator, which then ends its workers
-        yield from DataLoader(dataset, worker_init_fn=ignore_signals, **loader_settings)
+        try:
+            yield from DataLoader(dataset, worker_init_fn=ignore_signals, **loader_settings)
+        except Exception as error:  # its traceback would keep the iterator
+            raise error.with_traceback(None) from None
 
+    with contextlib.suppress(ImportError, ValueError):  # every tensor of a worker's is a file
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     with contextlib.closing(batches()) as iterator:
         yield iterator

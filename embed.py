@@ -12,28 +12,46 @@ drawn into data/tiny on first use.
 """
 
 import datetime
+import hashlib
 import json
 import re
+import shutil
 import sys
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 import data
 import utils
 from bases import encode_pixels, load_codec
+from bases.images import (
+    ImagePairs,
+    ImageStream,
+    chunk_images,
+    fit_pixels,
+    gather_rows,
+    load_shots,
+    open_image,
+)
+from bases.latents import CachedLatents
+from bases.llava import PROFILE_TOKENS, embed_users, load_vlm, prepare_group
 from rewards import REWARDS, make_synthetic_users
 from tiny import world
 from utils import InputError
 
 NO_DATA = "Pick-a-Pic's original is gone from the hub: give your own copy's parquet folder"
 CHOICE = '{"caption": "...", "preferred": "image file", "dispreferred": "image file"}'
-SHARES = ("validation_captions", "test_captions", "unseen_users")
+SHARES = ("validation_captions", "test_captions", "unseen_users", "validation_users")
+# of the drawn world, and of other data; synthetic users are no users to test
+DRAWN_SHARES = dict(zip(SHARES, (0.1, 0.25, 0.25, 0.1), strict=True))
+OTHER_SHARES = dict(zip(SHARES, (0.02, 0.05, 0.05, 0.02), strict=True))
 # what pairs.parquet remembers of the flags, for a second run to compare
-SETTINGS = ("data", "vlm", "layer", "profile", "shots", "groups", "one_hot", *SHARES)
+SETTINGS = ("data", "columns", "vlm", "layer", "profile", "shots", "groups", "one_hot", *SHARES)
 ONE_HOT = " ".join((*REWARDS, *world.WORDS, "own"))  # what --one-hot takes
 
 
@@ -41,6 +59,9 @@ def parse_args(argv=None):
     parser = utils.make_parser("embed.py", __doc__)
     add = parser.add_argument
     add("--data", help="parquet folder in Pick-a-Pic v2's columns, or a dataset id")
+    add(
+        "--columns", help="another set's columns: theirs=ours,... or " + ", ".join(data.COLUMN_MAPS)
+    )
     add("--users", help="folder to write (default: users; with --one-hot users-onehot)")
     add("--pairs", metavar="JSONL", help="your own choices; image paths relative to the file")
     add("--out", help="with --pairs: the user file to write, e.g. me.pt")
@@ -52,9 +73,10 @@ def parse_args(argv=None):
     add("--batch", type=int, help="groups the VLM reads, or images to encode, at once")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
     add("--one-hot", nargs="+", metavar="REWARD", default=[], help=f"synthetic users; {ONE_HOT}")
-    add("--validation-captions", type=float, default=0.1, help="share, by hash (%(default)s)")
-    add("--test-captions", type=float, default=0.2, help="share, by hash (%(default)s)")
-    add("--unseen-users", type=float, default=0.25, help="share, by hash (%(default)s)")
+    for name in SHARES:
+        default = f"(drawn world {DRAWN_SHARES[name]}, else {OTHER_SHARES[name]})"
+        what = "0 with --one-hot " if name.endswith("users") else ""
+        add(utils.flag(name), type=float, help=f"share, by hash; {what}{default}")
     add("--cache-latents", action="store_true", help="encode the images of --users for train.py")
     add = parser.add_argument_group("with --cache-latents, as for train.py").add_argument
     add("--latents", help="folder of the latents (default: latents, beside the data)")
@@ -66,6 +88,11 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.users is None:
         args.users = "users-onehot" if args.one_hot else "users"
+    is_drawn = (Path(args.data or "data/tiny") / "people.json").is_file()
+    defaults = DRAWN_SHARES if is_drawn or args.data in (None, "data/tiny") else OTHER_SHARES
+    for name, share in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, 0.0 if args.one_hot and name.endswith("users") else share)
     if args.batch is None:
         args.batch = 64 if args.vlm == "tiny" or args.cache_latents else 1
     check_args(args, parser.error)
@@ -88,134 +115,63 @@ def check_args(args, error):
     for name in args.one_hot:
         if name not in ONE_HOT.split():
             error(f"--one-hot {name}: no such reward; choose from {ONE_HOT}")
+    check_shares(args, error)
+
+
+def check_shares(args, error):
     for name in SHARES:
         if not 0 <= getattr(args, name) < 1:
             error(f"{utils.flag(name)} {getattr(args, name)}: expected a share in [0, 1)")
-    if args.validation_captions + args.test_captions >= 1:
-        error("--validation-captions and --test-captions leave no caption to train on")
+    for some, others, what in ((*SHARES[:2], "caption"), (*SHARES[2:], "user")):
+        if getattr(args, some) + getattr(args, others) >= 1:
+            error(f"{utils.flag(some)} and {utils.flag(others)} leave no {what} to train on")
 
 
-# the chat format of https://huggingface.co/llava-hf/llava-onevision-qwen2-7b-ov-hf, Qwen2's
-SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
-INTRO = "A person was shown pairs of pictures, each pair drawn for one caption, and chose from "
-INTRO += "each the one they preferred."
-PAIR = "\n\nPair {}. Caption: "
-PREFERRED = "\nPreferred: "
-DISPREFERRED = "\nDispreferred: "
-QUESTIONS = {
-    "taste": "\n\nIn a few words, what does this person like in a picture?",
-    "profile": "\n\nFor every pair, describe both pictures and say how they differ in style, "
-    "visual quality and aesthetics. Then write 'User profile:' and sum up what this person likes.",
-    "judge": "\n\nWhich of two further pictures would this person choose? Answer 'CHOICE: 1' or "
-    "'CHOICE: 2'. Caption: ",
-}
-IMAGE_1 = "\nPicture 1: "
-IMAGE_2 = "\nPicture 2: "
-ASSISTANT_TURN = "<|im_end|>\n<|im_start|>assistant\n"
+def read_groups(args, vlm, groups):
+    """Add `state` and `text` to each of prepare_group()'s groups; returns those that could be read,
+    the others, by their `name`, are told. Batches are of similar length, and smaller the longer
+    they are: attention's memory grows with the square."""
+
+    def length(group):
+        return max(1000, sum(map(len, group["captions"])))
+
+    ordered = sorted(groups, key=length, reverse=True)
+    while ordered:
+        n = max(1, int(args.batch * (1000 / length(ordered[0])) ** 2))
+        batch = ordered[:n]
+        del ordered[:n]
+        states, texts = embed_users(vlm, batch, args.layer, args.profile)
+        for group, state, text in zip(batch, states, texts, strict=True):
+            group.update(state=state if state.isfinite().all() else None, text=text)
+    for group in groups:
+        if group["state"] is None:
+            print(f"{group['name']} is left out: its state is not finite", file=sys.stderr)
+        elif args.profile and not group["text"]:
+            problem = f"its profile is empty or has no end within {PROFILE_TOKENS} tokens"
+            print(f"{group['name']} is left out: {problem}", file=sys.stderr)
+    return [g for g in groups if g["state"] is not None and (g["text"] or not args.profile)]
 
 
-def build_vlm_prompt(captions, question, caption=None):
-    """Chat text with one <image> an image, each beside its own label; two images a caption,
-    preferred first. question: a key of QUESTIONS; "judge": about two more images of `caption`."""
-    text = SYSTEM + INTRO
-    for i, shot_caption in enumerate(captions, 1):
-        text += PAIR.format(i) + strip_markup(shot_caption)
-        text += PREFERRED + "<image>" + DISPREFERRED + "<image>"
-    text += QUESTIONS[question]
-    if question == "judge":
-        text += strip_markup(caption) + IMAGE_1 + "<image>" + IMAGE_2 + "<image>"
-    return text + ASSISTANT_TURN
-
-
-def strip_markup(caption):
-    """A caption without anything that could forge the chat."""
-    return " ".join(re.sub(r"<image>|<video>|<\|.*?\|>", " ", caption).split())
-
-
-def load_vlm(name, device):
-    """LLaVA-OneVision, frozen: (model, tokenizer, image processor). name: "tiny", a hub id or a
-    folder in its layout. Raises InputError if it cannot be loaded."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    folder = utils.TINY / "vlm" if name == "tiny" else Path(name)
-    if utils.is_hub_id(name):
-        folder = name
-    elif not (folder / "config.json").is_file():
-        expected = "expected 'tiny', a hub id or a folder in its layout"
-        raise InputError(f"--vlm {name}: no {folder / 'config.json'}; {expected}")
-    cls = transformers.LlavaOnevisionForConditionalGeneration
-    try:
-        model = utils.load_frozen(cls, folder, device, dtype=utils.pick_dtype("auto", device))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
-        processor = transformers.LlavaOnevisionImageProcessorPil.from_pretrained(folder)
-        return model, tokenizer, processor
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"--vlm {name}: cannot load {folder}: {utils.first_line(error)}") from None
-
-
-def vlm_inputs(vlm, prompts, images):
-    """Texts with one <image> an image, and a list of PIL images a text -> the model's inputs,
-    left-padded. Each image is one tile, whose patches end in one line-break token."""
-    model, tokenizer, processor = vlm
-    vision = model.config.vision_config
-    count = (vision.image_size // vision.patch_size) ** 2 + 1
-    pixels = processor(images, return_tensors="pt")
-    inputs = {key: torch.as_tensor(pixels[key]) for key in ("image_sizes", "batch_num_images")}
-    inputs["pixel_values"] = pixels["pixel_values"].to(model.device, model.dtype)
-    texts = [prompt.replace("<image>", "<image>" * count) for prompt in prompts]
-    encoded = tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
-    return inputs | {key: encoded[key].to(model.device) for key in ("input_ids", "attention_mask")}
-
-
-@torch.no_grad()
-def generate_text(vlm, prompts, images, max_new_tokens=512):
-    """The VLM's greedy answers: texts, and the inputs (see vlm_inputs) with the answers appended,
-    whose mask leaves out padding and end tokens."""
-    model, tokenizer, _ = vlm
-    inputs = vlm_inputs(vlm, prompts, images)
-    eos_ids = sorted({tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")})
-    stop = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=eos_ids)
-    input_ids = model.generate(**inputs, **stop, do_sample=False, max_new_tokens=max_new_tokens)
-    answers = input_ids[:, inputs["input_ids"].shape[1] :]
-    is_end = torch.isin(answers, torch.tensor(eos_ids, device=input_ids.device))
-    answer_mask = (~is_end).long().cumprod(1)  # 1 until the first end
-    answers = [answer[mask > 0] for answer, mask in zip(answers, answer_mask, strict=True)]
-    texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
-    attention_mask = torch.cat([inputs["attention_mask"], answer_mask], 1)
-    return texts, inputs | dict(input_ids=input_ids, attention_mask=attention_mask)
-
-
-@torch.no_grad()
-def embed_users(vlm, groups, layer=-1, profile=False):
-    """The user embeddings of four-shot groups, lists of (caption, preferred, dispreferred).
-
-    Returns hidden states of the last position (B, S, D) float32 (S = 1, or every layer's with layer
-    "all"), and each group's written profile, or None. The last position is the prompt's, or the
-    profile's: there the state is the one that predicts the profile's end.
-    """
-    question = "profile" if profile else "taste"
-    prompts = [build_vlm_prompt([caption for caption, _, _ in group], question) for group in groups]
-    images = [[image for shot in group for image in shot[1:]] for group in groups]
-    if profile:
-        texts, inputs = generate_text(vlm, prompts, images)
-    else:
-        texts, inputs = [None] * len(groups), vlm_inputs(vlm, prompts, images)
-    model = vlm[0].model
-    if layer == -1:  # all layers' states of a 7B model's 6,500 positions would take 1.3 GB a group
-        states = [model(**inputs, use_cache=False).last_hidden_state]
-    else:
-        states = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
-        if layer != "all":
-            n = len(states)
-            if not -n <= layer < n:
-                raise InputError(f"--layer {layer}: this VLM has states {-n} to {n - 1}, or all")
-            states = [states[layer]]
-    mask = inputs["attention_mask"]
-    last = mask.shape[1] - 1 - mask.flip(1).argmax(1)  # (B,) position of the last token
-    rows = torch.arange(len(groups))
-    return torch.stack([state[rows, last] for state in states], 1).float().cpu(), texts
+def load_profiles(users, names, folder, device):
+    """What the VLM wrote, or writes now, of each user's first group after "User profile:"; nothing,
+    which is counted, where that is missing or has no end."""
+    files = [data.load_user(users / f"{name}.pt") for name in names]
+    texts = [file["profile"][0] if file["profile"] else None for file in files]
+    if None in texts:
+        rows = data.rows_by_id(folder)
+        vlm = load_vlm(files[0]["vlm"], utils.pick_device(device))
+        step = 50 if files[0]["vlm"] == "tiny" else 1
+        for i in tqdm(range(0, len(files), step), "writing profiles", leave=False, disable=None):
+            shots = [file["shots"][0] for file in files[i : i + step]]
+            groups = [load_shots(folder, rows(ids)) for ids in shots]
+            _, texts[i : i + step] = embed_users(vlm, groups, profile=True)
+        del vlm  # free its memory
+        torch.cuda.empty_cache()
+    found = [re.split(r"user profile\W*:\W*", t or "", flags=re.IGNORECASE)[1:] for t in texts]
+    profiles = [" ".join(parts[-1].split()).rstrip(".") if parts else "" for parts in found]
+    if not all(profiles):
+        print(f"{profiles.count('')} of {len(names)} profiles are missing", file=sys.stderr)
+    return profiles
 
 
 def embed_all_users(args, rows, settings):
@@ -226,24 +182,73 @@ def embed_all_users(args, rows, settings):
     Path(args.users).mkdir(parents=True, exist_ok=True)
     user_rows = {}
     for row in rows:
-        user_rows.setdefault(str(row["user_id"]), []).append(row)
+        user_rows.setdefault(file_stem(row["user_id"]), []).append(row)
     groups = {}
     for user, own_rows in user_rows.items():
         conditioning = [row for row in own_rows if row["split"] in ("train", "shots")]
         if len(conditioning) >= args.shots:
             groups[user] = data.few_shot_groups(conditioning, args.groups, args.shots)
+    if not any(row["split"] == "train" for row in pairs_with_groups(user_rows, groups)[0]):
+        few = f"nobody has more than {args.shots} choices to train on"
+        raise InputError(f"--data {args.data}: {few}; expected {args.shots} to read and one more")
 
+    needed = [row for user_groups in groups.values() for group in user_groups for row in group]
+    folder, located = gather_rows(needed, args.data, Path(args.users) / "shots")
+    if world_size > 1:
+        dist.barrier()
     mine = sorted(groups)[rank::world_size]
     pending = [user for user in mine if not is_written(args, user, groups[user])]
-    vlm = load_vlm(args.vlm, utils.pick_device(args.device)) if pending else None
-    step = max(1, 4 * args.batch // args.groups)
-    starts = range(0, len(pending), step)
-    for i in tqdm(starts, desc=f"reading users ({rank + 1} of {world_size})", disable=None):
-        embed_chunk(args, vlm, {user: groups[user] for user in pending[i : i + step]})
+    if pending:
+        vlm = load_vlm(args.vlm, utils.pick_device(args.device))
+        reader = GroupReader({user: groups[user] for user in pending}, folder, located, vlm[2])
+        how = dict(batch_size=max(1, 4 * args.batch // args.groups), num_workers=args.workers)
+        progress = tqdm(total=len(pending), desc=f"reading users, rank {rank}", disable=None)
+        with data.loading(reader, **how, collate_fn=list) as batches, progress:
+            for prepared in batches:
+                write_users(args, read_groups(args, vlm, sum(prepared, [])))
+                progress.update(len(prepared))
     if world_size > 1:
         dist.barrier()
     if rank == 0:
         pair_users_with_groups(args, user_rows, groups, settings)
+        shutil.rmtree(Path(args.users) / "shots", ignore_errors=True)
+
+
+def file_stem(user):
+    """A user's id as a file's name, the same for no two."""
+    name = quote(user, safe="")
+    if len(name) > 200:
+        raise InputError(f"user_id {user[:60]!r}...: {len(name)} letters; expected 200 at most")
+    name = name.replace("~", "%7E")
+    return name.replace(".", "%2E") if name.startswith(".") else name
+
+
+@dataclass
+class GroupReader(torch.utils.data.Dataset):
+    """A user's prepare_group()s, read by a worker. A group with a broken image is named and left
+    out."""
+
+    groups: dict  # {user: groups of rows}
+    folder: Path
+    located: dict  # {ranking_id: the row in that folder}
+    processor: object
+
+    def __len__(self):
+        return len(self.groups)
+
+    def __getitem__(self, i):
+        user = list(self.groups)[i]
+        prepared = []
+        for rows in self.groups[user]:
+            name = f"user {user}: a group of {len(rows)}"
+            try:
+                there = [self.located[row["ranking_id"]] for row in rows]
+                group = prepare_group(self.processor, load_shots(self.folder, there))
+            except InputError as problem:
+                print(f"{name} is left out: {problem}", file=sys.stderr)
+            else:
+                prepared.append(group | dict(user=user, rows=rows, name=name))
+        return prepared
 
 
 def is_written(args, user, groups):
@@ -261,85 +266,89 @@ def is_written(args, user, groups):
     return True
 
 
-def embed_chunk(args, vlm, groups):
-    """{user: groups of rows} -> users' files. A group with a broken image is named and left out."""
-    complete = []  # the other groups
-    for user, user_groups in groups.items():
-        for rows in user_groups:
-            try:
-                shots = data.load_shots(args.data, rows)
-            except InputError as problem:
-                message = f"user {user}: a group of {args.shots} is left out: {problem}"
-                print(message, file=sys.stderr)
-            else:
-                complete.append(dict(user=user, rows=rows, shots=shots))
-    by_length = sorted(complete, key=lambda group: sum(len(shot[0]) for shot in group["shots"]))
-    for i in range(0, len(by_length), args.batch):
-        batch = by_length[i : i + args.batch]  # similar lengths, little padding
-        read = embed_users(vlm, [group["shots"] for group in batch], args.layer, args.profile)
-        for group, state, text in zip(batch, *read, strict=True):
-            group.update(state=state, text=text)
-    for user in dict.fromkeys(group["user"] for group in complete):
-        own = [group for group in complete if group["user"] == user]
+def write_users(args, groups):
+    """Groups that are read, all of the users who have any -> users' files."""
+    for user in dict.fromkeys(group["user"] for group in groups):
+        own = [group for group in groups if group["user"] == user]
         profile = [group["text"] for group in own] if args.profile else None
         fields = dict(vlm=args.vlm, layer=str(args.layer), profile=profile)
         fields["embedding"] = torch.stack([group["state"] for group in own])
         fields["shots"] = [[row["ranking_id"] for row in group["rows"]] for group in own]
-        seen = own[0]["rows"][0]["split"] == "train"
-        data.write_user(args.users, user, split="train" if seen else "unseen", **fields)
+        fields["split"] = "train" if own[0]["rows"][0]["split"] == "train" else "unseen"
+        data.write_user(Path(args.users) / f"{user}.pt", **fields)
 
 
-def pair_users_with_groups(args, user_rows, groups, settings):
-    """Write pairs.parquet: each pair with those groups of its user that show none of its images."""
+def pairs_with_groups(user_rows, groups):
+    """Each pair with those groups of its user that show none of its images; and how many have no
+    such group. groups: {user: groups of rows}"""
     pairs = []
-    n_overlapping = n_groups_read = 0
+    n_overlapping = 0
     for user in sorted(groups):
-        path = Path(args.users) / f"{user}.pt"
-        if not path.exists():
-            continue  # every group of theirs had a broken image
-        read = data.load_user(path)["shots"]
-        n_groups_read += len(read)
-        complete = [g for g in groups[user] if [row["ranking_id"] for row in g] in read]
-        shown = [set().union(*map(data.image_ids, group)) for group in complete]
+        shown = [set().union(*map(data.image_ids, group)) for group in groups[user]]
         for row in user_rows[user]:
             allowed = [i for i, images in enumerate(shown) if not images & data.image_ids(row)]
             if row["split"] != "shots" and allowed:
                 pairs.append(row | dict(user=user, groups=allowed))
             elif row["split"] != "shots":
                 n_overlapping += 1
+    return pairs, n_overlapping
+
+
+def pair_users_with_groups(args, user_rows, groups, settings):
+    """Write pairs.parquet: the pairs of the groups that could be read."""
+    read = {}
+    for user in groups:
+        path = Path(args.users) / f"{user}.pt"
+        if path.exists():  # else every group of theirs had a broken image
+            ids = data.load_user(path)["shots"]
+            read[user] = [g for g in groups[user] if [row["ranking_id"] for row in g] in ids]
+    pairs, n_overlapping = pairs_with_groups(user_rows, read)
+    if not pairs:
+        raise InputError(f"--data {args.data}: no pair is left; no group could be read")
     data.write_pairs(args.users, pairs, settings)
     n_few = len(user_rows) - len(groups)
     why = "every group of their user contains them or one of their images"
-    print(
-        f"{len(groups)} users, {n_groups_read} groups; {n_few} have fewer than {args.shots} choices"
-    )
+    n_groups = sum(map(len, read.values()))
+    print(f"{len(groups)} users, {n_groups} groups; {n_few} have fewer than {args.shots} choices")
     print(f"{len(pairs)} pairs, {n_overlapping} dropped because {why}")
 
 
 def embed_custom_user(args):
     """Your own choices -> one user file. Every --shots lines, four, make a group."""
+    out = Path(args.out)
+    if out.is_dir():
+        raise InputError(f"--out {out} is a folder; expected a file to write, e.g. me.pt")
     shots = read_own_choices(Path(args.pairs))
     if len(shots) < args.shots:
         raise InputError(f"{args.pairs}: {len(shots)} choices; expected at least {args.shots}")
-    rest = len(shots) % args.shots
+    n_groups = min(args.groups, len(shots) // args.shots)
+    rest = len(shots) - n_groups * args.shots
     if rest:
-        print(f"the last {rest} of {len(shots)} lines make no group of {args.shots}: not used")
-    groups = [shots[i : i + args.shots] for i in range(0, len(shots) - rest, args.shots)]
+        print(
+            f"the last {rest} of {len(shots)} lines are not used: {n_groups} groups of {args.shots}"
+        )
     vlm = load_vlm(args.vlm, utils.pick_device(args.device))
-    states, texts = embed_users(vlm, groups, args.layer, args.profile)
-    out = Path(args.out)
+    groups = [shots[i * args.shots : (i + 1) * args.shots] for i in range(n_groups)]
+    groups = [
+        prepare_group(vlm[2], group) | dict(name=f"{args.pairs}: a group") for group in groups
+    ]
+    read = read_groups(args, vlm, groups)
+    if not read:
+        raise InputError(f"{args.pairs}: no group could be read")
+    texts = [group["text"] for group in read]
     out.parent.mkdir(parents=True, exist_ok=True)
     reader = dict(vlm=args.vlm, layer=str(args.layer), profile=texts if args.profile else None)
-    data.write_user(out.parent, out.stem, embedding=states, split="own", **reader)
+    embedding = torch.stack([group["state"] for group in read])
+    data.write_user(out, embedding=embedding, split="own", **reader)
     if args.profile:
         print("\n".join(texts))
-    print(f"-> {out.parent / out.stem}.pt, {len(groups)} group{'s' if len(groups) > 1 else ''}")
+    print(f"-> {out}, {len(read)} group{'s' if len(read) > 1 else ''}")
 
 
 def read_own_choices(source):
     """A .jsonl of one's own choices -> [(caption, preferred image, dispreferred image), ...]."""
     try:
-        lines = source.read_text(encoding="utf-8").splitlines()
+        lines = source.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError):
         raise InputError(f"--pairs {source}: not a readable text file") from None
     shots = []
@@ -350,10 +359,11 @@ def read_own_choices(source):
             row = json.loads(line)
             caption, *paths = (row[key] for key in ("caption", "preferred", "dispreferred"))
             assert all(isinstance(value, str) for value in (caption, *paths))
+            "".join((caption, *paths)).encode()  # half a surrogate pair is no letter
         except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
             raise InputError(f"{source} line {number}: expected {CHOICE}") from None
         name = f"{source} line {number}"
-        images = [data.open_image(source.parent / path, f"{name}: {path}") for path in paths]
+        images = [open_image(source.parent / path, f"{name}: {path}") for path in paths]
         shots.append((caption, *images))
     return shots
 
@@ -369,9 +379,9 @@ def cache_latents(args):
     dtype = utils.pick_dtype(args.dtype, device)  # the base's
     codec = load_codec(args.base, device, dtype, args.decoder, args.grid)
     needed = [row for row in pairs if row["split"] in ("train", "validation")]
-    data.ImagePairs(folder, codec, needed)  # InputError if a file is not there
+    ImagePairs(folder, codec, needed)  # InputError if a file is not there
 
-    latents = data.CachedLatents(args.latents or folder / "latents", codec, dtype)
+    latents = CachedLatents(args.latents or folder / "latents", codec, dtype)
     if rank == 0:
         latents.create(data.read_rows(folder))
     if world_size > 1:
@@ -379,29 +389,33 @@ def cache_latents(args):
     missing = latents.open().missing(needed)
     if world_size > 1:
         dist.barrier()  # all have looked before anybody writes, so that the shares are disjoint
-    keys = list(missing)[rank::world_size]
+    groups = chunk_images(folder, missing.values(), args.batch)[rank::world_size]
+    fit = partial(fit_pixels, side=codec.image_size, resample=codec.resample)
+    total = sum(len(chunk) for chunks in groups for chunk in chunks)
     n_broken = 0
-    images = data.SingleImages([missing[key] for key in keys], folder, codec)
-    how = dict(batch_size=args.batch, num_workers=args.workers, collate_fn=list)
-    progress = tqdm(total=len(keys), desc="encoding images", unit="image", disable=None)
-    with data.loading(images, **how) as batches, progress:
-        for i, batch in enumerate(batches):
-            readable = [k for k, pixels in enumerate(batch) if pixels is not None]
-            encoded = torch.full((len(batch), *codec.latent_shape), torch.nan, dtype=dtype)
+    how = dict(batch_size=None, num_workers=args.workers, collate_fn=tuple)
+    progress = tqdm(total=total, desc="encoding images", unit="image", disable=None)
+    with data.loading(ImageStream(groups, folder, fit), **how) as chunks, progress:
+        for chunk, images in chunks:
+            readable = [k for k, pixels in enumerate(images) if pixels is not None]
+            encoded = torch.full((len(images), *codec.latent_shape), torch.nan, dtype=dtype)
             if readable:
-                pixels = torch.stack([batch[k] for k in readable]).to(device)
+                pixels = torch.cat([images[k] for k in readable]).to(device)
                 encoded[readable] = encode_pixels(codec, pixels, dtype).cpu()
-            latents.write(keys[i * args.batch :][: len(batch)], encoded)
-            n_broken += len(batch) - len(readable)
-            progress.update(len(batch))
+            latents.write([data.image_key(*source) for source in chunk], encoded)
+            n_broken += len(images) - len(readable)
+            progress.update(len(images))
     name = str(dtype).removeprefix("torch.")
     broken = f", {n_broken} broken" if n_broken else ""
-    print(f"-> {latents.folder}: {len(keys)} more images of {latents.shape} {name}{broken}")
+    print(f"-> {latents.folder}: {total} more images of {latents.shape} {name}{broken}")
 
 
 def make_users(args):
     """Rows -> splits -> users; see the module's docstring."""
-    args.data = find_data(args.data or "data/tiny")
+    source = args.data = find_data(args.data or "data/tiny")
+    if args.columns:  # converted once
+        digest = hashlib.sha256(f"{Path(source).absolute()} {args.columns}".encode()).hexdigest()
+        args.data = str(Path(args.users) / f"data-{digest[:8]}")
     settings = {name: getattr(args, name) for name in SETTINGS}
     if (Path(args.users) / "pairs.parquet").exists():
         before = data.read_pairs(args.users)[1]
@@ -409,19 +423,22 @@ def make_users(args):
         if changed:
             made = f"holds users made with another {utils.flag(changed[0])}"
             raise InputError(f"--users {args.users} {made}; choose another folder")
+        shutil.rmtree(Path(args.users) / "shots", ignore_errors=True)  # of one killed at its end
         print(f"{args.users}: already done")
         return
     rank, _ = utils.rank_and_world()
-    if args.data == "data/tiny" and not Path(args.data).exists() and rank == 0:
+    if source != "data/tiny" and not Path(source).exists():
+        raise InputError(f"--data {source}: no such folder. {NO_DATA}")
+    if rank == 0 and args.columns and not (Path(args.data) / data.CONVERTED).exists():
+        data.convert_data(source, args.columns, args.data)
+    elif rank == 0 and not Path(args.data).exists():
         world.write_data(args.data)
     if dist.is_initialized():
         dist.barrier()
-    if not Path(args.data).is_dir():
-        raise InputError(f"--data {args.data}: no such folder. {NO_DATA}")
-    shares = (args.validation_captions, args.test_captions, args.unseen_users)
+    shares = [getattr(args, name) for name in SHARES]
     rows, dropped = data.split_rows(data.read_rows(args.data), *shares)
     if rank == 0:
-        data.print_splits(rows, dropped)
+        print_splits(rows, dropped)
     if not any(row["split"] == "train" for row in rows):
         raise InputError(f"--data {args.data}: no pair is left to train on")
     if args.one_hot:
@@ -430,6 +447,16 @@ def make_users(args):
         embed_all_users(args, rows, settings)
     if rank == 0:
         print(f"-> {args.users}/*.pt and {args.users}/pairs.parquet")
+
+
+def print_splits(rows, dropped):
+    print(f"{'split':<14}{'users':>8}{'captions':>10}{'pairs':>10}")
+    for split in (*data.SPLITS, "shots"):
+        part = [row for row in rows if row["split"] == split]
+        users, captions = (len({row[key] for row in part}) for key in ("user_id", "caption"))
+        print(f"{split:<14}{users:>8}{captions:>10}{len(part):>10}")
+    for reason, count in dropped.items():
+        print(f"dropped: {reason:<25}{count:>8}")
 
 
 def find_data(name):

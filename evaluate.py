@@ -1,29 +1,29 @@
 """The paper's numbers: Fig. 5, Table 1 and Fig. 3. experiments.py has Fig. 2, 4 and 6.
 
-    python evaluate.py                            # Fig. 5: users read by the VLM, seen and unseen
+    python evaluate.py                            # what is personal: each user by each embedding
     python evaluate.py choices                    # does the adapter predict users' real choices?
     python evaluate.py judge                      # Fig. 5: a VLM or an endpoint judges for them
     python evaluate.py rewards --baselines runs/onehot-baselines     # Table 1, Fig. 3
 
 Results go to evaluation.json and .md, where each subcommand has its part, and to images, beside the
-adapter or in --out; every rate and mean with its n and a 95% interval. Both arms of a comparison
-get the same prompts and noise.
+adapter or in --out; every rate and difference with its n and a 95% interval. Both arms of a
+comparison get the same prompts and noise. Users come in kinds: `seen` (the adapter trained on their
+choices among other captions), `new_user` and, in the drawn world, `new_taste`: nobody had theirs.
 """
 
-import base64
 import hashlib
-import io
 import json
 import math
-import os
 import platform
 import re
 import shlex
-import subprocess
+import shutil
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,26 +33,19 @@ from tqdm import tqdm
 import embed
 import plots
 import utils
-from data import (
-    ImagePairs,
-    hash_fraction,
-    held_out_rows,
-    load_shots,
-    load_user,
-    read_images,
-    read_pairs,
-    read_rows,
-)
+from bases import llava
+from bases.images import load_shots, read_images, readable_pairs
+from data import hash_fraction, held_out_rows, load_user, look_up, one_each, read_pairs, rows_by_id
 from ppd import UserAdapter
 from rewards import N_DRAWS, REWARDS, implicit_logits, score
-from sample import generate, load_base_for, load_user_embedding, read_prompts
+from sample import check_guidance, generate, load_base_for, load_user_embedding, read_prompts
 from tiny import world
 from utils import InputError
 
-MOVED = ("interpolate", "classify", "profiles")  # to experiments.py
-JUDGE_RETRIES = 6  # of a busy or failing endpoint
 UPPER_BOUND = "one Diffusion-DPO a reward"
-KINDS = dict(seen="seen", new_user="new")
+KINDS = dict(seen="seen", new_user="new", new_taste="new, with new tastes")
+DATA_FLAGS = ("data", "latents", "decoder")
+N_CAPTIONS = 16  # of evaluate_users
 BOOTSTRAP = 1000
 
 
@@ -65,10 +58,11 @@ def common_arguments(parser):
     add("--base", help="default: the one the adapter was trained on")
     add("--decoder", help="with Stages A and B (default: stabilityai/stable-cascade)")
     add("--baselines", help="folder of the baselines' runs; those not there are trained")
+    add("--latents", help="folder of cached latents that they train on, if not beside the data")
     add("--prompts", help="captions, as sample.py takes them (default: the held-out ones)")
-    add("--steps", type=int, help="denoising steps (default: tiny 20, full scale 30)")
-    add("--guidance", type=float, help="classifier-free guidance (default: tiny 2, full scale 4)")
-    add("--batch", type=int, default=50, help="images at once (default: %(default)s)")
+    add("--steps", type=int, help="denoising steps (default: tiny 8, full scale 30)")
+    add("--guidance", type=float, help="classifier-free guidance (default: tiny 3, full scale 4)")
+    add("--batch", type=int, default=16, help="images at once (default: %(default)s)")
     add("--seed", type=int, default=10_000, help="of the first image (default: %(default)s)")
     add("--out", help="folder to write (default: the adapter's)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
@@ -77,19 +71,20 @@ def common_arguments(parser):
 def parse_args(argv=None):
     parser = utils.make_parser("evaluate.py", __doc__)
     add = parser.add_argument
-    add("command", nargs="?", choices=(*COMMANDS, *MOVED), default="people", metavar="COMMAND")
-    add("--n", type=int, help="users of a kind (200; judge 277, 192), choices (500), images (200)")
+    add("command", nargs="?", choices=COMMANDS, default="users", metavar="COMMAND")
+    add("--n", type=int, help="users of a kind (40; judge 277, 192), choices (500), images (200)")
+    add("--plan", action="store_true", help="rewards: print how to train --baselines, and end")
     add("--judge", help="a VLM, or the endpoint's model (default: the VLM that read the users)")
     add("--judge-url", help="OpenAI-compatible, like https://host/v1; key from OPENAI_API_KEY")
     add("--judge-timeout", type=float, default=120, help="seconds an answer (default: %(default)s)")
     common_arguments(parser)
-    args, unknown = parser.parse_known_args(argv)
-    if args.command in MOVED:
-        parser.error(f"{args.command} moved: python experiments.py {args.command}")
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args = parser.parse_args(argv)
     args.adapter = args.adapter or ("runs/onehot" if args.command == "rewards" else "runs/ppd")
     finish_args(args, parser, argv)
+    if args.plan and (args.command != "rewards" or not args.baselines):
+        parser.error("--plan: for rewards, with --baselines DIR")
+    if args.judge_url and not re.match("https?://", args.judge_url):
+        parser.error(f"--judge-url {args.judge_url}: expected https://HOST/v1 or http://HOST/v1")
     if args.judge_url and not args.judge:
         parser.error("--judge-url wants the endpoint's model too: --judge MODEL")
     return args
@@ -101,6 +96,9 @@ def finish_args(args, parser, argv):
         value = getattr(args, key)
         if value is not None and value < least:
             parser.error(f"--{key} {value}: expected {least} or more")
+    if not 0 <= args.seed < 2**62:
+        parser.error(f"--seed {args.seed}: expected 0 to 2^62")
+    check_guidance(args.guidance, parser.error)
     problem = "no such file or folder; train.py writes runs/<name>"
     if args.adapter and not Path(args.adapter).exists():
         parser.error(f"--adapter {args.adapter}: {problem}")
@@ -153,24 +151,27 @@ def compare(ours, theirs):
     return dict(win_rate=won.pop("rate"), **won, mean=mean, mean_other=mean_other)
 
 
-def bootstrap_ci(statistics, n):
-    """95% intervals of statistics over n clusters that are resampled: statistics(indices) -> {name:
-    number}; returns {name: [low, high]}."""
+def bootstrap_ci(statistics, *sizes):
+    """95% intervals of statistics over clusters, all resampled together: statistics(*indices) ->
+    {name: number}; sizes: of each kind of cluster. Returns {name: [low, high]}."""
     rng = np.random.default_rng(0)
-    draws = [statistics(rng.integers(n, size=n)) for _ in range(BOOTSTRAP)]
-    intervals = {}
-    for name in draws[0]:
-        low, high = np.quantile([draw[name] for draw in draws], (0.025, 0.975))
-        intervals[name] = [round(float(low), 4), round(float(high), 4)]
-    return intervals
+    draws = [statistics(*(rng.integers(n, size=n) for n in sizes)) for _ in range(BOOTSTRAP)]
+    return {
+        name: [round(float(q), 4) for q in np.nanquantile([d[name] for d in draws], (0.025, 0.975))]
+        for name in draws[0]
+    }
 
 
 def ridge(x, y, strength=10.0):
-    """Ridge regression of y (B, M) on x (B, N) with an intercept -> a function from x to y."""
-    add_ones = torch.nn.ConstantPad1d((0, 1), 1.0)
-    x = add_ones(x)
+    """Ridge regression of y (B, M) on x (B, N), standardized -> a function from x to y."""
+    mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
+
+    def features(x):
+        return torch.nn.functional.pad((x - mean) / std, (0, 1), value=1.0)
+
+    x = features(x)
     solution = torch.linalg.solve(x.T @ x + strength * torch.eye(x.shape[1]), x.T @ y)
-    return lambda new: add_ones(new) @ solution
+    return lambda new: features(new) @ solution
 
 
 def format_ci(r, form=".3f"):
@@ -190,6 +191,10 @@ def rate_cells(r):
 def format_rate(r, with_n=False):
     rate, interval = rate_cells(r)
     return f"{rate} ({interval}, n = {r['n']})" if with_n else f"{rate} ({interval})"
+
+
+def format_value(r):
+    return format_mean(r) if "mean" in r else format_rate(r)
 
 
 def markdown_table(header, rows):
@@ -233,123 +238,141 @@ def load_run(args):
     return adapter, users, pairs, settings
 
 
-def lookup(table, keys, missing):
-    """The values of keys in a dict; of one that is not there InputError, "<missing> <key> ..."."""
-    for key in keys:
-        if key not in table:
-            raise InputError(f"{missing} {key} there; expected the data the users were read from")
-    return [table[key] for key in keys]
-
-
-def load_true_tastes(data):
-    """What drawn users truly like, from the data's people.json: a function from users' names to
-    weights (B, 5), and one to words. InputError without that file, or of names not in it."""
-    path = Path(data) / "people.json"
-    if not path.is_file():
-        raise InputError(f"--data: no {path}; of users who are not drawn ask evaluate.py judge")
-    truth = utils.read_json(path)
-    weights = {str(i): taste for i, taste in enumerate(truth["tastes"])}
-    words = {str(i): ", ".join(taste) for i, taste in enumerate(truth["words"])}
-    return (
-        lambda names: torch.tensor(lookup(weights, names, f"{path}: no user")),
-        lambda names: lookup(words, names, f"{path}: no user"),
-    )
-
-
-def rows_by_id(data):
-    """A function from ranking ids to the rows of a data folder; InputError of an id not there."""
-    rows = {row["ranking_id"]: row for row in read_rows(data)}
-    return lambda ids: lookup(rows, ids, f"--data {data}: no pair of ranking id")
-
-
-def select_test_pairs(users, pairs, **counts):
-    """A held-out pair of each of so many users, by hash: seen=n, unseen=n -> {kind: rows}."""
-    first = {(row["split"], row["user"]): row for row in reversed(pairs)}  # the first row wins
-    selected = {}
-    for kind, n in counts.items():
-        rows = [row for (split, _), row in first.items() if split == f"test-{kind}"]
-        if len(rows) < 2:
-            found = f"{len(rows)} {kind} users to test"
-            raise InputError(f"--users {users}: {found}; expected 2 or more")
-        selected[kind] = sorted(rows, key=lambda row: hash_fraction("evaluation", row["user"]))[:n]
-    return selected
-
-
 def load_embeddings(adapter, folder, names, groups=None):
-    """Standardized embeddings of users, (B, D): of their group 0, or one of `groups` each."""
+    """Embeddings of users, (B, D): of their group 0, or one of `groups` each."""
     chosen = zip(names, groups or [0] * len(names), strict=True)
     return torch.cat([load_user_embedding(adapter, folder / f"{n}.pt", g) for n, g in chosen])
 
 
-def load_profiles(args, users, names, data):
-    """What the VLM wrote, or writes now, of each user's first group after "User profile:"."""
-    files = [load_user(users / f"{name}.pt") for name in names]
-    texts = [file["profile"][0] if file["profile"] else None for file in files]
-    if None in texts:
-        rows = rows_by_id(data)
-        vlm = embed.load_vlm(files[0]["vlm"], utils.pick_device(args.device))
-        step = 50 if files[0]["vlm"] == "tiny" else 1
-        for i in tqdm(range(0, len(files), step), "writing profiles", leave=False, disable=None):
-            groups = [load_shots(data, rows(file["shots"][0])) for file in files[i : i + step]]
-            _, texts[i : i + step] = embed.embed_users(vlm, groups, profile=True)
-        del vlm  # free its memory
-        torch.cuda.empty_cache()
-    profiles = [re.split(r"user profile\W*:\W*", t, flags=re.IGNORECASE)[-1] for t in texts]
-    return [" ".join(profile.split()).rstrip(".") for profile in profiles]
-
-
 def evaluate_users(args):
-    """Sec. 5.2: users whom the VLM read from four choices, seen and unseen, one held-out caption
-    each: win rate over the base, and mean true reward (by people.json, which nothing else reads).
-    Controls, for the unseen: another user's embedding, the zero user, and the true taste, as it
-    looks to the VLM by a linear fit over the training users. The reverse fit, from embedding to
-    taste, tells how much of an unseen user's taste is in their embedding."""
+    """Sec. 5.2: images of held-out captions for --n users of a kind by each one's embedding, judged
+    by the true taste (people.json, which no training reads) of each: how much of the gain over the
+    base is personal, and how often one's own image is preferred. And a fit from embeddings to true
+    tastes, the mean taste taken off: how much of what is a user's own is in their embedding."""
     adapter, users, pairs, settings = load_run(args)
-    tastes, words = load_true_tastes(settings["data"])
-    test_pairs = select_test_pairs(users, pairs, seen=args.n or 200, unseen=args.n or 200)
-    names = {kind: [row["user"] for row in rows] for kind, rows in test_pairs.items()}
-    captions = {kind: [row["caption"] for row in rows] for kind, rows in test_pairs.items()}
+    tastes, words, new, _ = world.load_true_tastes(settings["data"])
+    rows = held_out_rows(users, pairs, new)
+    names = {kind: [row["user"] for row in one_each(r, args.n or 40)] for kind, r in rows.items()}
+    captions = {row["caption"] for found in rows.values() for row in found}
+    captions = sorted(captions, key=lambda text: hash_fraction("evaluation", text))[:N_CAPTIONS]
     base = load_base_for(adapter, args)
+    images, z = shared_images(args, base, captions, adapter)
     train_users = sorted({row["user"] for row in pairs if row["split"] == "train"})
-    train_embeddings = load_embeddings(adapter, users, train_users).cpu()
-    train_tastes = tastes(train_users)
-    own = load_embeddings(adapter, users, names["unseen"]).cpu()
-    predicted = ridge(train_tastes, train_embeddings)(tastes(names["unseen"]))
-    arms = {  # whose captions and tastes, and with which embeddings
-        "seen base": ("seen", None),
-        "seen": ("seen", load_embeddings(adapter, users, names["seen"])),
-        "unseen base": ("unseen", None),
-        "unseen": ("unseen", own),
-        "other_user": ("unseen", own.roll(1, 0)),
-        "zero": ("unseen", torch.zeros_like(own)),
-        "true_taste": ("unseen", predicted * own.norm() / predicted.norm()),
-    }
-    images, scores, result = {}, {}, dict(people={})
-    for arm, (kind, embeddings) in arms.items():
-        images[arm] = generate_arm(args, base, captions[kind], adapter, embeddings, arm)
-        scores[arm] = world.utility(tastes(names[kind]).numpy(), images[arm])
-        if embeddings is not None:
-            result["people"][arm] = compare(scores[arm], scores[f"{kind} base"])
-    fidelity = {}
-    for arm, suffix in (("base", " base"), ("ppd", "")):
-        scores[arm] = np.concatenate([scores[f"seen{suffix}"], scores[f"unseen{suffix}"]])
-        both = images[f"seen{suffix}"] + images[f"unseen{suffix}"]
-        fidelity[arm] = rate_ci(world.fidelity(both, captions["seen"] + captions["unseen"]))
-    result["people"]["all"] = compare(scores["ppd"], scores["base"])
-    result["own_over_other"] = compare(scores["unseen"], scores["other_user"])
-    readout = ridge(train_embeddings, train_tastes)(own)
-    cosine = torch.cosine_similarity(readout, tastes(names["unseen"]))
-    result |= dict(readout=mean_ci(cosine.tolist()), fidelity=fidelity)
-    shown = sorted(set(captions["unseen"]))[:8]  # on the sheet, by four users of each kind
-    sheet_users = names["seen"][:4] + names["unseen"][:4]
-    embeddings = [None, *load_embeddings(adapter, users, sheet_users).split(1)]
-    sheet = [generate_arm(args, base, shown, adapter, embedding) for embedding in embeddings]
-    profiles = load_profiles(args, users, sheet_users, settings["data"])
-    labels = ["base"]
-    for name, likes, profile in zip(sheet_users, words(sheet_users), profiles, strict=True):
-        kind = "seen" if name in names["seen"] else "unseen"
-        labels.append(f"{name}, {kind}\nlikes {likes}\nVLM: {profile[:40]}")
-    report(args, result, people_table(result), dict(people=plots.image_grid(sheet, labels, shown)))
+    fitted = load_embeddings(adapter, users, train_users).cpu()
+    known = torch.tensor(look_up(tastes, train_users))
+    readout = ridge(fitted, known - known.mean(0))
+    result = dict(captions=captions, base=rate_ci(world.fidelity(images["base"][0], captions)))
+    for kind, some in names.items():
+        embeddings = load_embeddings(adapter, users, some)
+        images[kind] = cross_images(args, base, captions, adapter, embeddings, kind)
+        true = torch.tensor(look_up(tastes, some))
+        liked = cross_utilities(true.numpy(), axes_of(images[kind]), **z)
+        cosine = torch.cosine_similarity(readout(embeddings.cpu()), true - known.mean(0))
+        result[kind] = summarize_cross(*liked)
+        result[kind]["readout"] = mean_ci(cosine.tolist())
+        result[kind]["fidelity"] = cross_fidelity(images[kind], captions)
+    kinds = ("seen", "seen", "new_user", "new_user", "new_user", "new_taste", "new_taste")
+    shown = [(kind, k) for k, kind in enumerate(kinds) if kind in names and k < len(names[kind])]
+    some = [names[kind][k] for kind, k in shown]
+    profiles = embed.load_profiles(users, some, settings["data"], args.device)
+    labels, sheet = ["base"], [images["base"][0][:8]]
+    for (kind, k), profile in zip(shown, profiles, strict=True):
+        name = names[kind][k]
+        labels.append(f"{name}, {KINDS[kind]}\nlikes {', '.join(words[name])}\nVLM: {profile[:40]}")
+        sheet.append(images[kind][k][:8])
+    grid = plots.image_grid(sheet, labels, captions[:8])
+    report(args, result, users_table(result), dict(users=grid))
+
+
+def cross_images(args, base, captions, adapter, embeddings, desc=None):
+    """For each embedding (N, D), or for the base (None), an image of each caption, N rows of them;
+    all get the same noise."""
+    n = 1 if embeddings is None else len(embeddings)
+    seeds = [args.seed + i for i in range(len(captions))]
+    each = None if embeddings is None else embeddings.repeat_interleave(len(captions), 0)
+    made = generate(base, captions * n, seeds * n, adapter, each, desc=desc, **args.sampling)
+    return [made[i : i + len(captions)] for i in range(0, len(made), len(captions))]
+
+
+def shared_images(args, base, captions, adapter):
+    """What all users are compared with: {base, zero: a row of images}, and their axes (C, 5)."""
+    users = dict(base=None, zero=load_user_embedding(adapter, "zero"))
+    images = {arm: cross_images(args, base, captions, adapter, u) for arm, u in users.items()}
+    return images, {arm: axes_of(made)[0] for arm, made in images.items()}
+
+
+def axes_of(images):
+    """Rows of as many images each -> their standardized axes (rows, images, 5)."""
+    return np.stack([world.standardized(row) for row in images])
+
+
+def cross_fidelity(images, captions):
+    """Rows of images of these captions -> how many have their color and shape; the interval by
+    resampling rows and captions (Wilson's, of as many as the fewer, where that has no width)."""
+    kept = np.array([world.fidelity(row, captions) for row in images], float)
+
+    def statistics(rows, columns):
+        return dict(kept=kept[np.ix_(rows, columns)].mean())
+
+    rate, interval = kept.mean(), bootstrap_ci(statistics, *kept.shape)["kept"]
+    if interval[0] == interval[1]:
+        interval = wilson(rate, min(kept.shape))
+    return dict(rate=round(float(rate), 4), n=kept.size, ci95=interval)
+
+
+def mean_of(values):
+    """Their mean, nan of none: a few users, resampled, may be one user only."""
+    return values.mean() if values.size else np.nan
+
+
+def cross_utilities(tastes, z, base, zero):
+    """How much N users like each other's images: tastes (N, 5); axes of the images of C captions,
+    made for each user z (N, C, 5), by base and for the zero user (C, 5) -> utilities (N who likes,
+    N for whom, C), of base and zero (N, C), and which users differ in taste (N, N)."""
+    # in one product, so that equal images are liked equally, to the last bit
+    liked = np.einsum("ik,jck->ijc", tastes, np.concatenate([z, base[None], zero[None]]))
+    differs = np.abs(tastes[:, None] - tastes).sum(-1) > 1e-4
+    return liked[:, :-2], liked[:, -2], liked[:, -1], differs
+
+
+def summarize_cross(liked, base, zero, differs):
+    """See cross_utilities -> a dict of means and rates with intervals, users and captions
+    resampled together. gain: of one's own image over the base's. population_gain: of the images
+    made for others. personal_gain: the difference, and its share of the gain. own_over_other: of
+    others of another taste. right_assignment: of two users' two images the better of both ways."""
+
+    def statistics(users, captions):
+        u = liked[np.ix_(users, users, captions)]
+        b, z = (arm[np.ix_(users, captions)] for arm in (base, zero))
+        own = np.einsum("iic->ic", u)
+        others = users[:, None] != users  # resampled, a user may meet themselves
+        different = differs[np.ix_(users, users)]
+        gain = (own - b).mean()
+        population = mean_of((u - b[:, None])[others])
+        both = own[:, None] + own[None]
+        crossed = u + u.transpose(1, 0, 2)
+        return dict(
+            gain=gain,
+            population_gain=population,
+            personal_gain=gain - population,
+            share=(gain - population) / gain if gain else 0.0,
+            own_over_other=mean_of(win_indicator(own[:, None], u)[different]),
+            own_over_zero=win_indicator(own, z).mean(),
+            right_assignment=mean_of(win_indicator(both, crossed)[different]),
+            win_rate=win_indicator(own, b).mean(),
+            zero_win_rate=win_indicator(z, b).mean(),
+            other_win_rate=mean_of(win_indicator(u, b[:, None])[different]),
+        )
+
+    n, n_captions = base.shape
+    values = statistics(np.arange(n), np.arange(n_captions))
+    intervals = bootstrap_ci(statistics, n, n_captions)
+    result = {}
+    for name, value in values.items():
+        kind = "mean" if name.endswith("gain") else "rate"
+        result[name] = {kind: round(float(value), 4), "n": n, "ci95": intervals[name]}
+    result["personal_gain"]["share"] = result["share"]["rate"]
+    return result
 
 
 def generate_arm(args, base, captions, adapter, embeddings, desc=None, first=0):
@@ -360,25 +383,24 @@ def generate_arm(args, base, captions, adapter, embeddings, desc=None, first=0):
     return generate(base, captions, seeds, adapter, embeddings, desc=desc, **args.sampling)
 
 
-def people_table(result):
-    controls = dict(other_user="another's embedding", zero="the zero user")
-    controls["true_taste"] = "their true taste"
-    header = ["users", "win rate over base", "95%", "n", "true reward, base", "true reward, theirs"]
-    rows = []
-    for name in ("seen", "unseen", "all", *controls):
-        r = result["people"][name]
-        title = f"unseen, by {controls[name]}" if name in controls else name
-        means = [f"{r['mean_other']:+.2f}", f"{r['mean']:+.2f}"]
-        rows.append([title, *rate_cells(r), r["n"], *means])
-    readout = result["readout"]
-    own = format_rate(result["own_over_other"], with_n=True)
-    base, ours = (format_rate(result["fidelity"][arm], with_n=True) for arm in ("base", "ppd"))
-    return (
-        f"{markdown_table(header, rows)}\n\nAn unseen user's own embedding wins over another's in "
-        f"{own}. Read-out of the true taste from it: cosine {readout['mean']:.3f} "
-        f"({format_ci(readout)}). Color and shape as the caption says: base {base}, personalized "
-        f"{ours}."
+def users_table(result):
+    titles = dict(gain="gain over the base", population_gain="of it the population's")
+    titles |= dict(personal_gain="of it personal", share="personal share of the gain")
+    titles |= dict(own_over_other="own image over one for another taste")
+    titles |= dict(own_over_zero="own image over the zero user's")
+    titles |= dict(right_assignment="two images to their two users")
+    titles |= dict(win_rate="own image over the base's")
+    titles |= dict(zero_win_rate="the zero user's image over the base's")
+    titles |= dict(
+        other_win_rate="another's image over the base's", fidelity="color and shape kept"
     )
+    titles |= dict(readout="read-out of one's own in the taste, cosine")
+    kinds = {kind: result[kind] for kind in KINDS if kind in result}
+    header = [f"{KINDS[kind]}, n = {r['gain']['n']}" for kind, r in kinds.items()]
+    rows = [[title, *(format_value(r[k]) for r in kinds.values())] for k, title in titles.items()]
+    base = format_rate(result["base"], with_n=True)
+    note = f"{len(result['captions'])} held-out captions each. Color and shape, base: {base}."
+    return f"{markdown_table(['users', *header], rows)}\n\n{note}"
 
 
 def choices(args):
@@ -388,49 +410,41 @@ def choices(args):
     adapter, users, pairs, settings = load_run(args)
     data = Path(settings["data"])
     is_drawn = (data / "people.json").is_file() and not settings.get("one_hot")
-    tastes = load_true_tastes(data)[0] if is_drawn else None
+    tastes, _, new, stats = world.load_true_tastes(data) if is_drawn else ({}, {}, (), {})
     find = rows_by_id(data) if is_drawn else None
-    rows = held_out_rows(users, pairs)
+    rows = held_out_rows(users, pairs, new)
     base = load_base_for(adapter, args)
     t_min = adapter.header.get("recipe", {}).get("t_min", 0.001)
-    result = dict(choices={}, t_min=t_min, draws=N_DRAWS)
+    result = dict(t_min=t_min, draws=N_DRAWS)
+    gathered = tempfile.mkdtemp(prefix="ppd-choices-")
     for kind, found in rows.items():
-        images = ImagePairs(data, base.codec, found)  # latents are cached of others
-        chosen = readable_rows(found, images, args.n or 500)
+        # latents are cached of others
+        chosen, images = readable_pairs(found, data, base.codec, gathered, args.n or 500)
         names = [row["user"] for row in chosen]
         others = other_users(names)
         own = load_embeddings(adapter, users, names, [row["groups"][0] for row in chosen])
-        arms = dict(own=own, zero=torch.zeros_like(own), other=own[others])
+        arms = dict(own=own, zero=adapter.mean.expand_as(own), other=own[others])
         logits = implicit_logits(base, adapter, chosen, images, arms, t_min, args.batch)
         right = {arm: win_indicator(v.mean(1).numpy(), 0) for arm, v in logits.items()}
         if is_drawn:
-            shots, pair = shown_axes(data, users, chosen, find)
-            right["perfect_reader"] = win_indicator(world.predict_choices(shots, pair), 0.5)
-            gap = (pair[:, 0] - pair[:, 1]) * tastes(names).numpy()
+            shots, pair = shown_axes(data, users, chosen, images.data, find)
+            first = world.predict_choices(shots, pair, stats["common"], kind == "new_taste")
+            right["perfect_reader"] = win_indicator(first, 0.5)
+            gap = (pair[:, 0] - pair[:, 1]) * look_up(tastes, names)
             right["true_taste"] = win_indicator(gap.sum(1), 0)
-        result["choices"][kind] = summarize_choices(right, names)
+        result[kind] = summarize_choices(right, names)
         by_pair = logits["own"].mean(1).std(), logits["own"].std(1).mean() / N_DRAWS**0.5
         sd, noise = (round(float(value), 4) for value in by_pair)
-        result["choices"][kind]["logit"] = dict(sd=sd, noise=noise, n=len(chosen))
-    kinds = result["choices"]
-    figure = {arm.replace("_", " "): {k: kinds[k][arm] for k in kinds} for arm in right}
+        result[kind]["logit"] = dict(sd=sd, noise=noise, n=len(chosen))
+    figure = {arm.replace("_", " "): {k: result[k][arm] for k in rows} for arm in right}
     title = "Held-out choices predicted, with 95% intervals"
-    report(args, result, choices_table(result), dict(choices=plots.draw_bars(title, figure)))
-
-
-def readable_rows(rows, images, n):
-    """The first n rows whose images can be read; others are named."""
-    readable = []
-    for row in rows:
-        if len(readable) == n:
-            break
-        try:
-            images(row)
-        except InputError as problem:
-            print(f"left out: {problem}", file=sys.stderr)
-        else:
-            readable.append(row)
-    return readable
+    shutil.rmtree(gathered, ignore_errors=True)
+    report(
+        args,
+        result,
+        choices_table(result),
+        dict(choices=plots.draw_bars(title, figure, "accuracy")),
+    )
 
 
 def other_users(names):
@@ -445,14 +459,14 @@ def other_users(names):
     ]
 
 
-def shown_axes(data, users, rows, find):
+def shown_axes(data, users, rows, folder, find):
     """Standardized axes, preferred first, of what conditions each row, (B, 4, 2, 5), and of its own
-    two images, (B, 2, 5). find: see rows_by_id."""
+    two images in `folder`, (B, 2, 5). find: see rows_by_id."""
     shots, pairs = [], []
     for row in rows:
         group = load_user(users / f"{row['user']}.pt")["shots"][row["groups"][0]]
         shots += [image for _, *images in load_shots(data, find(group)) for image in images]
-        pairs += read_images(data, row, (row["preferred"], 1 - row["preferred"]))
+        pairs += read_images(folder, row, (row["preferred"], 1 - row["preferred"]))
     shots, pairs = (world.standardized(z).reshape(len(rows), -1, 2, 5) for z in (shots, pairs))
     return shots, pairs[:, 0]
 
@@ -482,10 +496,13 @@ def summarize_choices(right, names):
         result[name] = {kind: round(float(value), 4)} | size | dict(ci95=intervals[name])
     for arm in ("zero", "other"):
         low, high = intervals[f"own_over_{arm}"]
-        z_score = abs(values[f"own_over_{arm}"]) / max((high - low) / (2 * 1.96), 1e-9)
         only = [int((right[a] > right[b]).sum()) for a, b in (("own", arm), (arm, "own"))]
-        test = dict(p=math.erfc(z_score / 2**0.5), own_only=only[0], other_only=only[1])
-        result[f"own_over_{arm}"] |= test | dict(mcnemar_p=mcnemar(*only))
+        p = mcnemar(*only)
+        test = dict(own_only=only[0], other_only=only[1], mcnemar_p=p)
+        if low < high:
+            z_score = abs(values[f"own_over_{arm}"]) / ((high - low) / (2 * 1.96))
+            p = math.erfc(z_score / 2**0.5)
+        result[f"own_over_{arm}"] |= test | dict(p=p)
     return result
 
 
@@ -497,9 +514,10 @@ def mcnemar(a, b):
 
 def choices_table(result):
     titles = dict(own="own embedding", zero="zero user", other="another's embedding")
-    titles |= dict(perfect_reader="a perfect reader of the four choices")
-    titles |= dict(true_taste="the true taste")
-    kinds = result["choices"]
+    titles |= dict(
+        perfect_reader="a perfect reader of the four choices", true_taste="the true taste"
+    )
+    kinds = {kind: result[kind] for kind in KINDS if kind in result}
     rows = []
     for arm, title in titles.items():
         if all(arm in r for r in kinds.values()):
@@ -519,18 +537,6 @@ def choices_table(result):
     return markdown_table(["choices predicted", *header], rows)
 
 
-def run_python(script, *flags):
-    """Run another script of this folder; its output is shown."""
-    words = [str(word) for word in flags]
-    process = subprocess.Popen([sys.executable, str(Path(__file__).with_name(script)), *words])
-    try:
-        process.wait()
-    finally:  # after a KeyboardInterrupt too: it was asked to stop as well, and saves first
-        code = process.wait()
-    if code != 0:
-        raise InputError(f"{script} {' '.join(words)} ended with exit status {code}")
-
-
 def to_flags(settings, keys):
     """Settings as command-line flags; what is unset or off is left out."""
     flags = []
@@ -542,25 +548,47 @@ def to_flags(settings, keys):
     return flags
 
 
-def train_baseline(args, adapter, name, users, **changes):
+def baselines_of(vectors, users):
+    """Table 1's baselines: {name: (users folder, what differs from the adapter's settings)}."""
+    own_labels = users.with_name(users.name + "-own")
+    found = dict(dpo=(own_labels, dict(objective="dpo")), sft=(users, dict(objective="sft")))
+    return found | {f"dpo-{n}": (users, dict(objective="dpo", only=[n])) for n in vectors}
+
+
+def expected_recipe(adapter, changes):
+    """A baseline's settings: the adapter's but for the changes."""
+    if "recipe" not in adapter.header:
+        problem = "its header has no recipe, train.py's settings, to train baselines alike"
+        raise InputError(f"{adapter.path}: {problem}")
+    return adapter.header["recipe"] | changes
+
+
+def baseline_flags(args, adapter, name, users, changes):
+    """train.py's flags for a baseline of --baselines."""
+    expected = expected_recipe(adapter, changes)
+    flags = to_flags(adapter.header | expected, ("base", "grid", *expected))
+    flags += to_flags(vars(args), (*DATA_FLAGS, "device"))
+    flags += ["--users", users, "--out", Path(args.baselines) / name, "--preview-every", 0]
+    return [*flags, "--resume"]
+
+
+def train_baseline(args, adapter, name, users, changes):
     """The adapter --baselines/<name>: trained by train.py unless it is there, as long as `adapter`
     and with its settings but for the changes; InputError if it was trained with others."""
     folder = Path(args.baselines) / name
-    expected = adapter.header["recipe"] | changes
+    expected = expected_recipe(adapter, changes)
     is_there = (folder / "adapter.safetensors").exists()
     if is_there and (folder / "state.pt").exists():  # perhaps stopped on the way
         is_there = UserAdapter.load(folder).header["step"] >= expected["max_steps"]
-    if not is_there:  # at full scale train it beforehand, with torchrun
-        flags = to_flags(adapter.header | expected, ("base", "grid", *expected))
-        flags += to_flags(vars(args), ("data", "decoder", "device"))
-        flags += ["--users", users, "--out", folder, "--preview-every", 0, "--resume"]
-        run_python("train.py", *flags)
+    if not is_there:  # at full scale train it beforehand, see --plan
+        utils.run_python("train.py", *baseline_flags(args, adapter, name, users, changes))
     baseline = UserAdapter.load(folder)
     header = baseline.header
-    actual = header["recipe"] | dict(objective=header["objective"], max_steps=header["step"])
+    actual = header.get("recipe", {}) | dict(objective=header.get("objective"))
+    actual["max_steps"] = header.get("step")
     for key, value in expected.items():
-        if actual[key] != value:
-            problem = f"trained with {key} {actual[key]}, but {adapter.path} is to be compared with"
+        if actual.get(key) != value:
+            problem = f"trained with {key} {actual.get(key)}, but {adapter.path} is compared with"
             raise InputError(f"{folder}: {problem} {value}; choose another --baselines")
     return baseline
 
@@ -592,17 +620,29 @@ def reward_arms(args, adapter, vectors, users, settings):
     ppd = {("PPD", name): (adapter, vector) for name, vector in vectors.items()}
     if not args.baselines:
         return arms | ppd
-    own_labels = users.with_name(users.name + "-own")
-    flags = to_flags(settings, ("data", "validation_captions", "test_captions", "unseen_users"))
-    flags += ["--users", own_labels, "--device", args.device, "--one-hot", "own"]
-    run_python("embed.py", *flags)
-    dpo = train_baseline(args, adapter, "dpo", own_labels, objective="dpo")
-    arms["Diffusion-DPO", ""] = (dpo, load_user_embedding(dpo, "zero"))
-    sft = train_baseline(args, adapter, "sft", users, objective="sft")
-    arms |= {("SFT", name): (sft, vector) for name, vector in vectors.items()} | ppd
+    baselines = baselines_of(vectors, users)
+    own_labels = baselines["dpo"][0]
+    flags = to_flags(settings, ("data", *embed.SHARES))
+    own = ["--users", own_labels, "--device", args.device]
+    commands = [[*flags, *own, "--one-hot", "own"]]
+    if args.latents or (Path(settings["data"]) / "latents").is_dir():
+        cache = to_flags(adapter.header, ("base", "grid")) + to_flags(vars(args), DATA_FLAGS)
+        commands.append(["--cache-latents", *own, *cache])
+    if args.plan:
+        for flags in commands:
+            print(shlex.join(["python", "embed.py", *map(str, flags)]))
+        for name, (folder, changes) in baselines.items():
+            words = map(str, baseline_flags(args, adapter, name, folder, changes))
+            print(shlex.join(["torchrun", "--nproc-per-node", "8", "train.py", *words]))
+        return {}
+    for flags in commands:
+        utils.run_python("embed.py", *flags)
+    trained = {name: train_baseline(args, adapter, name, *b) for name, b in baselines.items()}
+    zero = {name: load_user_embedding(a, "zero") for name, a in trained.items()}
+    arms["Diffusion-DPO", ""] = (trained["dpo"], zero["dpo"])
+    arms |= {("SFT", name): (trained["sft"], vector) for name, vector in vectors.items()} | ppd
     for name in vectors:
-        upper = train_baseline(args, adapter, f"dpo-{name}", users, objective="dpo", only=[name])
-        arms[UPPER_BOUND, name] = (upper, load_user_embedding(upper, "zero"))
+        arms[UPPER_BOUND, name] = (trained[f"dpo-{name}"], zero[f"dpo-{name}"])
     return arms
 
 
@@ -614,6 +654,8 @@ def rewards(args):
     names = list(vectors)
     is_drawn = names[0] in world.WORDS
     arms = reward_arms(args, adapter, vectors, users, settings)
+    if args.plan:
+        return
     base = load_base_for(adapter, args)
     n_shown = min(len(prompts), len(set(prompts)), 12)
     scores, kept, sheet = defaultdict(list), defaultdict(list), defaultdict(list)
@@ -647,15 +689,10 @@ def rewards(args):
         result["models"] = {name: REWARDS[name][0] for name in names}
     labels = [prompt[:60] for prompt in prompts[:n_shown]]
     grid = plots.image_grid(list(zip(*sheet.values(), strict=True)), labels, list(sheet), 72)
-    images = dict(figure_3=figure_3(result["figure_3"]), rewards=grid)
-    report(args, result, rewards_table(result), images)
-
-
-def figure_3(wins):
-    """PPD's win rates, {reward: {method: compare()}}, as bars."""
-    methods = next(iter(wins.values()))
-    series = {f"over {method}": {name: wins[name][method] for name in wins} for method in methods}
-    return plots.draw_bars("PPD's win rate, with 95% intervals", series)
+    wins = result["figure_3"]
+    series = {f"over {method}": {name: wins[name][method] for name in names} for method in others}
+    bars = plots.draw_bars("PPD's win rate, with 95% intervals", series)
+    report(args, result, rewards_table(result), dict(figure_3=bars, rewards=grid))
 
 
 def rewards_table(result):
@@ -676,43 +713,16 @@ def rewards_table(result):
     return "\n\n".join(markdown_table(table[0], table[1:]) for table in (means, wins, crossed))
 
 
-def query_judge(client, args, text, images):
-    """An OpenAI-compatible endpoint's answer to a prompt with one <image> an image; InputError."""
-    words, *others = text.split("<image>")
-    content = [dict(type="text", text=words)]
-    for image, words in zip(images, others, strict=True):
-        small = image.convert("RGB")
-        small.thumbnail((512, 512))
-        buffer = io.BytesIO()
-        small.save(buffer, "JPEG", quality=90)
-        url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-        content.append(dict(type="image_url", image_url=dict(url=url, detail="low")))
-        content.append(dict(type="text", text=words))
-    asked = dict(messages=[dict(role="user", content=content)], temperature=0, max_tokens=500)
-    try:
-        reply = client.chat.completions.create(model=args.judge, **asked)
-        return (reply.choices[0].message.content or "").strip()
-    except Exception as error:  # openai's, or of a reply that is no chat completion
-        reason = " ".join(f"{type(error).__name__}: {error}".split()).rstrip(".")
-        kept = "What is judged is kept: the same command goes on"
-        raise InputError(f"--judge-url {args.judge_url}: {reason}. {kept}") from None
-
-
 def load_judge(args):
     """A function from a prompt and four lists of images to the judge's four answers."""
     if not args.judge_url:
-        vlm = embed.load_vlm(args.judge, utils.pick_device(args.device))
-        return lambda text, asked: embed.generate_text(vlm, [text] * 4, asked)[0]
-    import openai
+        vlm = llava.load_vlm(args.judge, utils.pick_device(args.device))
+        return lambda text, asked: llava.generate_text(vlm, [text] * 4, asked)[0]
+    endpoint = llava.Endpoint(args.judge_url, args.judge, args.judge_timeout)
 
-    key = os.environ.get("OPENAI_API_KEY") or "none"
-    settings = dict(max_retries=JUDGE_RETRIES, timeout=args.judge_timeout)
-    client = openai.OpenAI(base_url=args.judge_url, api_key=key, **settings)
-
-    def ask(text, asked):  # without the VLM's own chat markup
-        text = text[len(embed.SYSTEM) : -len(embed.ASSISTANT_TURN)]
+    def ask(text, asked):
         with ThreadPoolExecutor(4) as pool:
-            return list(pool.map(lambda images: query_judge(client, args, text, images), asked))
+            return list(pool.map(partial(endpoint.answer, text), asked))
 
     return ask
 
@@ -720,7 +730,9 @@ def load_judge(args):
 def parse_verdict(first, second):
     """Two answers about a pair, ours shown first and then second -> what they say together: "ours",
     "other", "inconsistent" (the answer follows the order) or "unparsable"."""
-    found = [re.findall(r"CHOICE:\s*\**([12])", a, re.IGNORECASE) for a in (first, second)]
+    pattern = r"CHOICE[\W_]*(?:PICTURE|IMAGE|OPTION)?[\W_]*([12])(?!\d)"
+    answers = [re.sub(r"<[^>]*>", "", answer) for answer in (first, second)]  # without markup
+    found = [re.findall(pattern, answer, re.IGNORECASE) for answer in answers]
     if not all(found):
         return "unparsable"
     return {"12": "ours", "21": "other"}.get(found[0][-1] + found[1][-1], "inconsistent")
@@ -761,12 +773,15 @@ def judge(args):
     counted. Its accuracy is measured on the users' own held-out choices."""
     adapter, users, pairs, settings = load_run(args)
     data = Path(settings["data"])
-    selected = select_test_pairs(users, pairs, seen=args.n or 277, unseen=args.n or 192)
-    cases = [(kind, row) for kind, rows in selected.items() for row in rows]
+    is_drawn = (data / "people.json").is_file()
+    tastes, _, new, _ = world.load_true_tastes(data) if is_drawn else ({}, {}, (), {})
+    selected = {
+        kind: one_each(found, args.n or (277 if kind == "seen" else 192))
+        for kind, found in held_out_rows(users, pairs, new).items()
+    }
+    cases = [(kind, row) for kind, found in selected.items() for row in found]
     seeds = {(kind, row["user"]): args.seed + i for i, (kind, row) in enumerate(cases)}
     rows = rows_by_id(data)
-    is_drawn = (data / "people.json").is_file()
-    tastes = load_true_tastes(data)[0] if is_drawn else None  # shown beside the judge
     args.judge = args.judge or load_user(users / f"{cases[0][1]['user']}.pt")["vlm"]
     base = load_base_for(adapter, args)
     journal, done = open_journal(args, adapter)
@@ -777,24 +792,26 @@ def judge(args):
         chunk = pending[i : i + args.batch]
         captions = [row["caption"] for _, row in chunk]
         noise = [seeds[kind, row["user"]] for kind, row in chunk]
-        embeddings = load_embeddings(adapter, users, [row["user"] for _, row in chunk])
+        names, groups = zip(*((row["user"], row["groups"][0]) for _, row in chunk), strict=True)
+        embeddings = load_embeddings(adapter, users, names, groups)
         theirs = generate(base, captions, noise, **args.sampling)
         ours = generate(base, captions, noise, adapter, embeddings, **args.sampling)
         for k, (kind, row) in enumerate(chunk):
             try:
-                shots = load_shots(data, rows(load_user(users / f"{row['user']}.pt")["shots"][0]))
+                user = load_user(users / f"{row['user']}.pt")
+                shots = load_shots(data, rows(user["shots"][row["groups"][0]]))
                 real = read_images(data, row, (row["preferred"], 1 - row["preferred"]))
             except InputError as problem:
                 print(f"user {row['user']} is left out: {problem}", file=sys.stderr)
                 continue
-            text = embed.build_vlm_prompt([shot[0] for shot in shots], "judge", row["caption"])
+            text = llava.build_vlm_prompt([shot[0] for shot in shots], "judge", row["caption"])
             images = [image for shot in shots for image in shot[1:]]
             pair = [ours[k], theirs[k]]
             answers = ask(text, [images + p for p in (pair, pair[::-1], real, real[::-1])])
             line = dict(kind=kind, user=row["user"], pictures=parse_verdict(*answers[:2]))
             line["real"] = parse_verdict(*answers[2:])
             if tastes:
-                utilities = world.utility(tastes([row["user"]]).numpy(), pair)
+                utilities = world.utility(look_up(tastes, [row["user"]])[0], pair)
                 line["truth"] = float(win_indicator(*utilities))
             done[kind, row["user"]] = line
             utils.append_line(journal, json.dumps(line))
@@ -802,7 +819,7 @@ def judge(args):
                 sheet.append((f"{row['user']}\n{kind}: {line['pictures']}", theirs[k], ours[k]))
     result = dict(judge=args.judge, people={}, accuracy=None)
     truth = {}
-    for kind in ("seen", "unseen", "all"):
+    for kind in (*selected, "all"):
         lines = [line for line in done.values() if kind in (line["kind"], "all")]
         result["people"][kind] = summarize_verdicts([line["pictures"] for line in lines])
         if is_drawn:
@@ -814,15 +831,11 @@ def judge(args):
         labels, *arms = zip(*sheet, strict=True)
         images["judge"] = plots.image_grid(arms, ["base", "theirs"], labels)
     if all(r["n"] for r in result["people"].values()):
-        images["figure_5"] = figure_5(result)
+        series = {"by the true taste": truth} if is_drawn else {}
+        series[f"by the judge, {Path(args.judge).name}"] = result["people"]
+        title = "Win rate over the base, with 95% intervals"
+        images["figure_5"] = plots.draw_bars(title, series)
     report(args, result, judge_table(result), images)
-
-
-def figure_5(result):
-    """Win rates over the base by the judge, and by the true taste where it is known, as bars."""
-    series = {"by the true taste": result["truth"]} if "truth" in result else {}
-    series[f"by the judge, {Path(result['judge']).name}"] = result["people"]
-    return plots.draw_bars("Win rate over the base, with 95% intervals", series)
 
 
 def judge_table(result):
@@ -835,7 +848,7 @@ def judge_table(result):
     return markdown_table([*header, "by the true taste", "n"], rows)
 
 
-COMMANDS = dict(people=evaluate_users, choices=choices, judge=judge, rewards=rewards)
+COMMANDS = dict(users=evaluate_users, choices=choices, judge=judge, rewards=rewards)
 
 
 def main(argv=None):

@@ -3,6 +3,9 @@
 python experiments.py interpolate --adapter runs/onehot          # Fig. 4: between three rewards
 python experiments.py classify --users users-classify            # Fig. 2: whose embedding is it?
 python experiments.py profiles --baselines runs/ppd-baselines    # Fig. 6: the profile in words
+python experiments.py tune --out runs/tune                       # beta, t-min, guidance, steps
+python experiments.py ablations --out runs/ablations             # one change at a time
+python experiments.py words --adapter runs/words                 # the ten taste words
 """
 
 import itertools
@@ -14,28 +17,53 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+import embed
 import evaluate
 import plots
-from data import hash_fraction, image_ids, load_shots, load_user, read_pairs
+import utils
+from bases.images import load_shots
+from data import (
+    hash_fraction,
+    held_out_rows,
+    image_ids,
+    load_user,
+    look_up,
+    one_each,
+    read_pairs,
+    rows_by_id,
+)
+from ppd import UserAdapter
 from rewards import REWARDS, score
 from sample import load_base_for, load_user_embedding
 from tiny import world
 from utils import InputError, make_parser, run_script
 
 TOP_K = (1, 2, 4, 8, 16)
+# what tune tries, one setting after the other; the first of each is where it starts
+TUNED = dict(beta=(1.0, 0.5, 2.0), t_min=(0.95, 0.85, 0.9))
+TUNED |= dict(guidance=(3.0, 2.0, 1.5), steps=(8, 12, 20))
+TRAINED = ("beta", "t_min")  # of these, what wants a new run
+# train.py's flags for one change from its defaults; see ablations
+CHANGES = {"default": "", "default, seed 1": "--seed 1", "default, seed 2": "--seed 2"}
+CHANGES |= {"1 user token": "--tokens 1", "projector without biases": "--bias-free"}
+CHANGES |= {"no user drop": "--user-drop 0", "separate noise": "--noise separate"}
 
 
 def parse_args(argv=None):
     parser = make_parser("experiments.py", __doc__)
     add = parser.add_argument
     add("command", choices=list(EXPERIMENTS), metavar="COMMAND", help=", ".join(EXPERIMENTS))
-    add("--n", type=int, help="captions (64), users to classify (300) or unseen users (200)")
+    add("--n", type=int, help="captions (64), users (classify 300, profiles 200, tune etc. 40)")
+    add("--train-steps", type=int, default=100, help="tune, ablations: of a run (%(default)s)")
+    add("--shot-users", help="ablations: the same users, embedded with --shots 1")
     add("--profile-users", help="classify: the same users read by embed.py --profile")
     evaluate.common_arguments(parser)
     args = parser.parse_args(argv)
     if args.command == "classify":
         args.users = args.users or "users-classify"
         args.out = args.out or args.users
+    elif args.command in ("tune", "ablations"):
+        args.users, args.out = args.users or "users", args.out or f"runs/{args.command}"
     else:
         args.adapter = args.adapter or "runs/ppd"
     if args.command == "profiles" and not args.baselines:
@@ -153,7 +181,7 @@ def classify(args):
     users = Path(args.users)
     pairs, settings = read_pairs(users)
     data = Path(args.data or settings["data"])
-    rows = evaluate.rows_by_id(data)
+    rows = rows_by_id(data)
     train_groups = select_users(args, users, pairs, rows)
     names = list(train_groups)
     n_groups = sum(map(len, train_groups.values()))
@@ -250,20 +278,18 @@ def classifier(x, owners, validation, test, seed, epochs=60):
 def ceilings(data, users, names, rows):
     """Top-k accuracy of who reads the four choices perfectly, and of who knows the true taste:
     neither can do better than guess among users of the same taste."""
-    weights, _, odds = world.all_tastes()
-    tastes, _ = evaluate.load_true_tastes(data)
-    distance = torch.cdist(tastes(names), torch.tensor(weights, dtype=torch.float32))
-    kind = distance.argmin(1).numpy()  # (users,) which of all_tastes()
+    tastes = np.array(look_up(world.load_true_tastes(data)[0], names))
     tested = []
     for name in names:
         shots = load_shots(data, rows(load_user(users / f"{name}.pt")["shots"][0]))
         tested += [image for _, *images in shots for image in images]
     z = world.standardized(tested).reshape(len(names), -1, 2, len(world.AXES))
-    likelihood = (world.taste_posterior(z) / odds)[:, kind]  # of every user, given these choices
+    gap = world.BRADLEY_TERRY_SCALE * (z[:, :, 0] - z[:, :, 1]) @ tastes.T
+    likelihood = -np.logaddexp(0, -gap).sum(1)  # log, of these choices (row) by every user
     own = likelihood.diagonal()[:, None]
-    n_better = (likelihood > own * (1 + 1e-9)).sum(1)
-    n_tied = (np.abs(likelihood / own - 1) <= 1e-9).sum(1)
-    n_same_taste = (kind[:, None] == kind).sum(1)
+    n_better = (likelihood > own + 1e-6).sum(1)
+    n_tied = (np.abs(likelihood - own) <= 1e-6).sum(1)
+    n_same_taste = (np.abs(tastes[:, None] - tastes).sum(-1) < 1e-4).sum(1)
     reader, taste = {}, {}
     for k in TOP_K:
         reader[str(k)] = evaluate.rate_ci(np.clip((k - n_better) / n_tied, 0, 1).tolist())
@@ -307,12 +333,18 @@ def profiles(args):
     is kept: its color and shape on the drawn world, else the CLIP score."""
     adapter, users, pairs, settings = evaluate.load_run(args)
     data = Path(settings["data"])
-    rows = evaluate.select_test_pairs(users, pairs, unseen=args.n or 200)["unseen"]
+    is_drawn = (data / "people.json").is_file()
+    tastes, words, new, _ = world.load_true_tastes(data) if is_drawn else ({}, {}, (), {})
+    found = held_out_rows(users, pairs, new)
+    unseen = found.get("new_user", []) + found.get("new_taste", [])
+    if not unseen:
+        raise InputError(f"--users {users}: nobody unseen to test; embed with --unseen-users")
+    rows = one_each(unseen, args.n or 200)
     names = [row["user"] for row in rows]
     captions = [row["caption"] for row in rows]
-    written = evaluate.load_profiles(args, users, names, data)
+    written = embed.load_profiles(users, names, data, args.device)
     with_profile = [f"{c}, {text}" for c, text in zip(captions, written, strict=True)]
-    dpo = evaluate.train_baseline(args, adapter, "dpo", users, objective="dpo")
+    dpo = evaluate.train_baseline(args, adapter, "dpo", users, dict(objective="dpo"))
     base = load_base_for(adapter, args)
     most = base.tokenizer.model_max_length
     n_truncated = sum(len(base.tokenizer(text).input_ids) > most for text in with_profile)
@@ -331,10 +363,10 @@ def profiles(args):
         images[arm] = evaluate.generate_arm(args, base, prompts, arm_adapter, user, arm)
     likes = [""] * len(names)
     result = dict(arms={})
-    if (data / "people.json").is_file():
-        tastes, words = evaluate.load_true_tastes(data)
-        likes = [f"likes {text}\n" for text in words(names)]
-        scores = {arm: world.utility(tastes(names).numpy(), images[arm]) for arm in arms}
+    if is_drawn:
+        likes = [f"likes {', '.join(words[name])}\n" for name in names]
+        true = np.array(look_up(tastes, names))
+        scores = {arm: world.utility(true, images[arm]) for arm in arms}
         for arm in arms:
             kept = evaluate.rate_ci(world.fidelity(images[arm], captions))
             won = evaluate.compare(scores[arm], scores["base"])
@@ -368,7 +400,169 @@ def profiles_table(result):
     return evaluate.markdown_table(header, rows)
 
 
-EXPERIMENTS = dict(interpolate=interpolate, classify=classify, profiles=profiles)
+def tune(args):
+    """Chooses settings on validation users and captions, which no test shows: short runs of one
+    seed, one setting after the other, the largest personal gain kept among those that lose at most
+    0.05 of the color and shape that the base keeps by its own settings; if none does, what keeps
+    most."""
+    if args.steps or args.guidance is not None:
+        raise InputError("tune: --steps and --guidance are what it chooses")
+    validation = validation_users(args)
+    floor = None
+    chosen = {key: values[0] for key, values in TUNED.items()}
+    tried = {}
+    for key, values in TUNED.items():
+        for value in values:
+            setting = chosen | {key: value}
+            if str(setting) not in tried:
+                flags = [str(flag) for flag in evaluate.to_flags(setting, TRAINED)]
+                adapter = short_run(args, "".join(flags).strip("-"), args.users, flags)
+                floor = floor or base_fidelity(args, adapter, validation[1])
+                args.sampling |= {key: setting[key] for key in ("guidance", "steps")}
+                measured = measure(args, adapter, args.users, *validation)
+                tried[str(setting)] = dict(setting=setting) | measured
+        candidates = [tried[str(chosen | {key: value})] for value in values]
+        kept = [t for t in candidates if t["fidelity"]["rate"] >= floor["rate"] - 0.05]
+        if kept:
+            chosen = max(kept, key=lambda t: t["gain"]["mean"])["setting"]
+        else:
+            chosen = max(candidates, key=lambda t: t["fidelity"]["rate"])["setting"]
+    names, captions, _ = validation
+    result = dict(chosen=chosen, base=floor, users=names, captions=captions)
+    result["tried"] = list(tried.values())
+    evaluate.report(args, result, tune_table(result), {})
+
+
+def validation_users(args):
+    """Who and what settings are chosen on: --n names, all captions, and true tastes (n, 5);
+    InputError of fewer than two users."""
+    pairs, settings = read_pairs(args.users)
+    rows = [row for row in pairs if row["split"] == "validation-unseen"]
+    names = [row["user"] for row in one_each(rows, args.n or 40)]
+    if len(names) < 2:
+        problem = f"{len(names)} validation users; expected 2 or more"
+        raise InputError(f"--users {args.users}: {problem}: embed with --validation-users")
+    tastes = world.load_true_tastes(args.data or settings["data"])[0]
+    return names, sorted({row["caption"] for row in rows}), np.array(look_up(tastes, names))
+
+
+def short_run(args, name, users, flags):
+    """The adapter of the run --out/<name>, of --train-steps with these flags; trained unless it is
+    there."""
+    folder = Path(args.out) / name
+    if not (folder / "adapter.safetensors").exists() or (folder / "state.pt").exists():
+        how = ["--max-steps", args.train_steps, "--preview-every", 0, "--resume"]
+        how += evaluate.to_flags(vars(args), ("base", "decoder", "data", "latents", "device"))
+        utils.run_python("train.py", "--users", users, "--out", folder, *flags, *how)
+    return UserAdapter.load(folder)
+
+
+def measure(args, adapter, users, names, captions, tastes):
+    """Validation users' personal gain, P(own > other) and fidelity."""
+    base = load_base_for(adapter, args)
+    _, z = evaluate.shared_images(args, base, captions, adapter)
+    embeddings = evaluate.load_embeddings(adapter, Path(users), names)
+    images = evaluate.cross_images(args, base, captions, adapter, embeddings)
+    liked = evaluate.cross_utilities(tastes, evaluate.axes_of(images), **z)
+    found = evaluate.summarize_cross(*liked)
+    kept = evaluate.cross_fidelity(images, captions)
+    both = dict(gain=found["personal_gain"], own_over_other=found["own_over_other"])
+    return both | dict(fidelity=kept)
+
+
+def base_fidelity(args, adapter, captions):
+    """What the base keeps of these captions, eight images each, by its own settings."""
+    base = load_base_for(adapter, args)
+    made = evaluate.generate_arm(args, base, captions * 8, adapter, None)
+    rows = [made[i : i + len(captions)] for i in range(0, len(made), len(captions))]
+    return evaluate.cross_fidelity(rows, captions)
+
+
+def tune_table(result):
+    header = [*TUNED, "personal gain", "own over another's", "color and shape", "chosen"]
+    rows = []
+    for t in result["tried"]:
+        cells = [evaluate.format_mean(t["gain"]), evaluate.format_rate(t["own_over_other"])]
+        cells.append(evaluate.format_rate(t["fidelity"]))
+        mark = "yes" if t["setting"] == result["chosen"] else ""
+        rows.append([*(f"{value:g}" for value in t["setting"].values()), *cells, mark])
+    base = f"Color and shape, base: {evaluate.format_rate(result['base'], with_n=True)}."
+    return f"{evaluate.markdown_table(header, rows)}\n\n{base}"
+
+
+def ablations(args):
+    """One change at a time from train.py's defaults, at --train-steps, measured as tune does."""
+    validation = validation_users(args)
+    trained = {row["user"] for row in read_pairs(args.users)[0] if row["split"] == "train"}
+    trained = sorted(trained, key=lambda name: hash_fraction("ablations", name))
+    runs = {name: (args.users, flags.split()) for name, flags in CHANGES.items()}
+    for n in (10, 100):
+        if n < len(trained):
+            runs[f"{n} training users"] = (args.users, ["--only", *trained[:n]])
+    if args.shot_users:
+        runs["1 shot"] = (args.shot_users, [])
+    result = dict(changes={})
+    for name, (users, flags) in runs.items():
+        adapter = short_run(args, name.replace(" ", "-"), users, flags)
+        result["changes"][name] = measure(args, adapter, users, *validation)
+    evaluate.report(args, result, ablations_table(result), {})
+
+
+def ablations_table(result):
+    header = ["change", "personal gain", "own over another's", "color and shape"]
+    rows = []
+    for name, r in result["changes"].items():
+        cells = [evaluate.format_rate(r[key]) for key in ("own_over_other", "fidelity")]
+        rows.append([name, evaluate.format_mean(r["gain"]), *cells])
+    return evaluate.markdown_table(header, rows)
+
+
+def words(args):
+    """Each taste word in the captions of the base, and as a one-hot user: how often an image moves
+    to the word's side of where it is without, by the same caption and noise, and how far."""
+    adapter, vectors, _, _, prompts = evaluate.load_reward_run(args, 100)
+    if not set(vectors) <= world.WORDS.keys():
+        raise InputError(f"--adapter {args.adapter}: words are for an adapter of taste words")
+    base = load_base_for(adapter, args)
+
+    def paint(prompts, user, desc):
+        return evaluate.generate_arm(args, base, prompts, adapter, user, desc)
+
+    plain = paint(prompts, None, "base")
+    result = dict(base=evaluate.rate_ci(world.fidelity(plain, prompts)), words={})
+    sheet = {"base": plain[:8]}
+    for word, vector in vectors.items():
+        worded = paint([f"{prompt}, {word}" for prompt in prompts], None, f"{word} in captions")
+        images = dict(caption=worded, user=paint(prompts, vector, f"{word} as a user"))
+        before = world.reward(word, plain)
+        result["words"][word] = {
+            how: evaluate.compare(world.reward(word, made), before)
+            | dict(fidelity=evaluate.rate_ci(world.fidelity(made, prompts)))
+            for how, made in images.items()
+        }
+        sheet |= {f"{word},\n{how}": made[:8] for how, made in images.items()}
+    grid = plots.image_grid(list(zip(*sheet.values(), strict=True)), prompts[:8], list(sheet), 64)
+    evaluate.report(args, result, words_table(result), dict(words=grid))
+
+
+def words_table(result):
+    header = ["taste word"]
+    for how in ("in the caption", "as a user"):
+        header += [f"{how}: moved", "mean before, after", "color and shape"]
+    rows = []
+    for word, r in result["words"].items():
+        cells = [word]
+        for how in ("caption", "user"):
+            means = f"{r[how]['mean_other']:+.2f}, {r[how]['mean']:+.2f}"
+            cells += [evaluate.format_rate(r[how]), means, evaluate.format_rate(r[how]["fidelity"])]
+        rows.append(cells)
+    n = result["base"]["n"]
+    base = f"n = {n}; color and shape, base: {evaluate.format_rate(result['base'])}."
+    return f"{evaluate.markdown_table(header, rows)}\n\n{base}"
+
+
+EXPERIMENTS = dict(interpolate=interpolate, classify=classify, profiles=profiles, tune=tune)
+EXPERIMENTS |= dict(ablations=ablations, words=words)
 
 
 def main(argv=None):

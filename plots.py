@@ -42,8 +42,8 @@ def finish_axis(axis, title, names, series, **settings):
         axis.legend(fontsize=9, **below)
 
 
-def draw_bars(title, series):
-    """Bars of win rates, as a PIL image: {arm: {name: evaluate.py's rate_ci() or compare()}}."""
+def draw_bars(title, series, label="win rate"):
+    """Bars of rates, as a PIL image: {arm: {name: evaluate.py's rate_ci() or compare()}}."""
     figure, (axis,) = new_figure()
     width = 0.8 / len(series)
     for i, (arm, rates) in enumerate(series.items()):
@@ -53,7 +53,7 @@ def draw_bars(title, series):
         axis.bar(x, middle, 0.9 * width, color=COLORS[i % len(COLORS)], label=arm)
         axis.errorbar(x, middle, errors, fmt="none", ecolor="black", capsize=2, lw=1)
     axis.axhline(0.5, color="black", lw=1)
-    finish_axis(axis, title, list(rates), series, ylabel="win rate", ylim=(0, 1.02))
+    finish_axis(axis, title, list(rates), series, ylabel=label, ylim=(0, 1.02))
     return to_image(figure)
 
 

@@ -66,19 +66,17 @@ class UserAdapter(nn.Module):
         self.compiled = False  # train.py --compile sets it; see reference()
 
     def set_statistics(self, embeddings):
-        """Take mean and std from the training users' embeddings, (N, D). One-hot ones need none."""
+        """Take mean and std from the training users' embeddings, (N, D). One-hot ones need none. A
+        dimension that hardly varies counts as varying by 1% of the median: rounding makes some."""
+        std = embeddings.std(0, correction=0)
         self.mean.copy_(embeddings.mean(0))
-        self.std.copy_(embeddings.std(0, correction=0).clamp(min=1e-6))
+        self.std.copy_(std.clamp(min=max(0.01 * std.median().item(), 1e-6)))
 
-    def standardize(self, embedding):
-        """Raw (B, D) -> (B, D) in the training users' standard deviations from their mean, for who
-        blends users: all VLM states share a large mean component, which has to go first."""
-        return (embedding - self.mean) / self.std
-
-    def forward(self, embedding, drop=None, standardized=False):
-        """User embeddings (B, D), raw or `standardized` already -> user tokens (B, L, d). drop:
-        (B,) bool, True = the zero user (Sec. 4.3's random drop), or None."""
-        u = embedding if standardized else self.standardize(embedding)
+    def forward(self, embedding, drop=None):
+        """User embeddings (B, D) as read -> user tokens (B, L, d). They are standardized by the
+        training users, to at most 5 deviations, so that one odd dimension cannot drown a user; the
+        zero user is `mean`. drop: (B,) bool, True = the zero user (Sec. 4.3's random drop)."""
+        u = ((embedding - self.mean) / self.std).clamp(-5, 5)
         if drop is not None:
             u = u.masked_fill(drop[:, None], 0)
         tokens = einops.rearrange(self.project(u), "b (l d) -> b l d", l=self.n_tokens)

@@ -2,151 +2,90 @@
 relabeled by a reward, whose user is a one-hot vector. On the drawn world a reward is a taste word,
 measured from the pixels. And the reward that an adapter itself is."""
 
+import hashlib
 import io
-import pickle
-import sys
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 import utils
-from data import keyed_generator, read_images, write_pairs, write_user
+from bases.clip import REWARDS, load_processor, load_reward, processor_of
+from bases.images import ImageStream, chunk_images
+from data import image_key, keyed_generator, loading, write_pairs, write_user
 from ppd import ppd_loss
 from tiny import world
-from utils import InputError, hub_file
+from utils import InputError
 
-REWARDS = {  # name: title, hub repository, file in it if it is no transformers model
-    "clip": ("CLIP ViT-H/14", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", None),
-    "aesthetic": ("LAION aesthetic predictor, ViT-L/14", "openai/clip-vit-large-patch14", None),
-    "hps": ("HPS v2.1", "xswu/HPSv2", "HPS_v2.1_compressed.pt"),
-    "hps2.0": ("HPS v2.0", "xswu/HPSv2", "HPS_v2_compressed.pt"),
-    "pickscore": ("PickScore v1", "yuvalkirstain/PickScore_v1", None),
-}
 N_DRAWS = 8  # of timestep and noise a pair, of implicit_logits
-AESTHETIC = "sac+logos+ava1-l14-linearMSE.pth"
-AESTHETIC_URL = "https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
-AESTHETIC_SHA256 = "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0"
-
-# parts of open_clip's names of a CLIP's tensors, and transformers'; to be replaced in this order
-OPEN_CLIP_NAMES = {
-    "visual.transformer.resblocks.": "vision_model.encoder.layers.",
-    "visual.class_embedding": "vision_model.embeddings.class_embedding",
-    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
-    "visual.conv1.": "vision_model.embeddings.patch_embedding.",
-    "visual.ln_pre.": "vision_model.pre_layrnorm.",
-    "visual.ln_post.": "vision_model.post_layernorm.",
-    "visual.proj": "visual_projection.weight",
-    "transformer.resblocks.": "text_model.encoder.layers.",
-    "token_embedding.": "text_model.embeddings.token_embedding.",
-    "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    "ln_final.": "text_model.final_layer_norm.",
-    "text_projection": "text_projection.weight",
-    ".attn.": ".self_attn.",
-    ".ln_": ".layer_norm",
-    ".mlp.c_fc.": ".mlp.fc1.",
-    ".mlp.c_proj.": ".mlp.fc2.",
-}
 
 
-def from_open_clip(state):
-    """State dict of an open_clip CLIP, as HPS is published -> of transformers' CLIPModel."""
-    converted = {}
-    for key, value in state.items():
-        for theirs, ours in OPEN_CLIP_NAMES.items():
-            key = key.replace(theirs, ours)
-        if key in ("text_projection.weight", "visual_projection.weight"):
-            value = value.T.contiguous()
-        if ".in_proj_" in key:  # one matrix for queries, keys and values
-            for name, part in zip("qkv", value.chunk(3), strict=True):
-                converted[key.replace(".in_proj_", f".{name}_proj.")] = part.contiguous()
-        else:
-            converted[key] = value
-    return converted
+def preprocess(images, names):
+    """PIL images -> what these rewards' models take, {(processor's repository, whether padded): (B,
+    3, H, W)}, each made once; for taste words the pixels, "drawn": (B, H, W, 3)."""
+    pixels = {}
+    for key in dict.fromkeys(map(pixels_of, names)):
+        if key == "drawn":
+            pixels[key] = torch.from_numpy(world.to_array(images))
+            continue
+        repo, padded = key
+        processor = load_processor(repo).image_processor
+        side = processor.crop_size["height"]
+        ready = [ImageOps.pad(i, (side, side), Image.BICUBIC) for i in images] if padded else images
+        pixels[key] = processor(images=ready, return_tensors="pt").pixel_values
+    return pixels
 
 
-@lru_cache(None)
-def load_reward(name, device):
-    """A reward of REWARDS: CLIPModel, processor, and the aesthetic predictor's head or None."""
-    from transformers import CLIPConfig, CLIPModel, CLIPProcessor
-
-    title, repo, file = REWARDS[name]
-    # HPS and PickScore are fine-tuned from the ViT-H CLIP and share its processor
-    processor_repo = repo if name == "aesthetic" else REWARDS["clip"][1]
-    try:
-        processor = CLIPProcessor.from_pretrained(processor_repo)
-        if file:
-            model = CLIPModel(CLIPConfig.from_pretrained(processor_repo))
-            state = utils.torch_load_safe(hub_file(repo, file))["state_dict"]
-            model.load_state_dict(from_open_clip(state))
-        else:
-            model = CLIPModel.from_pretrained(repo)
-        head = load_aesthetic_head(device) if name == "aesthetic" else None
-    except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
-        problem = f"cannot load {repo}: {utils.first_line(error)}"
-        raise InputError(f"reward {name} ({title}): {problem}") from None
-    model = model.to(device, utils.pick_dtype("auto", device)).eval().requires_grad_(False)
-    return model, processor, head
-
-
-def load_aesthetic_head(device):
-    """LAION's predictor on CLIP's image embedding (B, 768) -> (B,): five linear layers without
-    activations between them; fetched from its repository, as it is not on the hub."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / AESTHETIC
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        url = AESTHETIC_URL + AESTHETIC.replace("+", "%2B")
-        torch.hub.download_url_to_file(url, path, hash_prefix=AESTHETIC_SHA256)
-    state = torch.load(path, map_location=device, weights_only=True)
-
-    def head(x):
-        x = x.float()
-        for i in (0, 2, 4, 6, 7):
-            x = F.linear(x, state[f"layers.{i}.weight"], state[f"layers.{i}.bias"])
-        return x[:, 0]
-
-    return head
+def pixels_of(name):
+    """Which pixels of preprocess() a reward takes."""
+    if name in world.WORDS:
+        return "drawn"
+    # HPS's own preprocessing pads where CLIP's crops
+    return processor_of(name), name.startswith("hps")
 
 
 @torch.no_grad()
-def score(name, images, captions, device="cpu", batch=64):
-    """Reward of PIL images for their captions, (B,) floats, as in Table 1: 100 x cosine for CLIP,
-    HPS and PickScore, the predictor's output for aesthetic. A taste word needs no caption."""
+def score_pixels(name, pixels, captions, device):
+    """A reward of images that preprocess() has prepared, one a caption, (B,) floats, as in Table 1:
+    100 x cosine for CLIP, HPS and PickScore, the predictor's output for aesthetic. A taste word
+    needs no caption."""
+    pixels = [image[pixels_of(name)] for image in pixels]
     if name in world.WORDS:
-        if len({image.size for image in images}) == 1:
-            return world.reward(name, images)
-        return np.concatenate([world.reward(name, [image]) for image in images])
+        sizes = {image.shape for image in pixels}
+        batches = [torch.cat(pixels)] if len(sizes) == 1 else pixels
+        return np.concatenate([world.reward(name, batch.numpy()) for batch in batches])
     model, processor, head = load_reward(name, device)
+    how = dict(padding=True, truncation=True, return_tensors="pt")
+    tokens = processor.tokenizer(list(captions), **how).to(device)
+    tokens = dict(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+    out = model(**tokens, pixel_values=torch.cat(pixels).to(device))
+    if head:
+        return head(out.image_embeds).cpu().numpy()
+    cosine = (out.image_embeds.float() * out.text_embeds.float()).sum(-1)
+    return 100 * cosine.cpu().numpy()
+
+
+def score(name, images, captions, device="cpu", batch=64):
+    """A reward of PIL images for their captions, (B,) floats."""
     scores = []
     for i in range(0, len(images), batch):
-        image_batch = images[i : i + batch]
-        if name.startswith("hps"):  # its own preprocessing pads where CLIP's crops
-            side = processor.image_processor.crop_size["height"]
-            image_batch = [ImageOps.pad(im, (side, side), Image.BICUBIC) for im in image_batch]
-        texts = list(captions[i : i + batch])
-        how = dict(padding=True, truncation=True, return_tensors="pt")
-        inputs = processor(text=texts, images=image_batch, **how).to(device)
-        tokens = dict(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask)
-        out = model(**tokens, pixel_values=inputs.pixel_values.to(model.dtype))
-        if head:
-            scores.append(head(out.image_embeds))
-        else:
-            cosine = (out.image_embeds.float() * out.text_embeds.float()).sum(-1)
-            scores.append(100 * cosine)
-    return torch.cat(scores).cpu().numpy()
+        part = slice(i, i + batch)
+        pixels = [preprocess([image], [name]) for image in images[part]]
+        scores.append(score_pixels(name, pixels, captions[part], device))
+    return np.concatenate(scores)
 
 
 @torch.no_grad()
 def implicit_logits(base, adapter, rows, load_images, users, t_min, batch):
     """Eq. 6's logits of real choices, for several users each: the adapter as a reward model.
 
-    rows: B pairs; load_images: a data.ImagePairs
-    users: {arm: standardized embeddings (B, D)}
+    rows: B pairs; load_images: a bases.images.ImagePairs
+    users: {arm: embeddings (B, D)}
     Returns {arm: (B, N_DRAWS)}; every arm has the same timesteps, the middles of N_DRAWS equal
     parts of [t_min, 1], and the same noise, which is keyed by the pair's id.
     """
@@ -168,7 +107,7 @@ def implicit_logits(base, adapter, rows, load_images, users, t_min, batch):
         pred_ref = base.predict(x_t, t, *conditions)
         for arm, embeddings in users.items():
             u = embeddings[i : i + per_batch].to(base.device).repeat_interleave(N_DRAWS, 0)
-            with adapter.user(adapter(u, standardized=True)):
+            with adapter.user(adapter(u)):
                 pred = base.predict(x_t, t, *conditions)
             _, log = ppd_loss(pred, pred_ref, target, beta=1.0)
             logits[arm].append(log["logits"].view(-1, N_DRAWS).cpu())
@@ -180,53 +119,79 @@ def fixed_noise(ranking_id, shape):
     return torch.randn(N_DRAWS, *shape, generator=keyed_generator(0, ranking_id % 2**63))
 
 
-def score_pairs(folder, data, names, rows, device, chunk_size=256):
+def score_pairs(args, names, rows):
     """Both images' scores by the named rewards, {name: (n, 2)} on rank 0, nan where an image is
-    broken, which is named. Kept in <folder>/scores, a file a chunk: nothing is computed twice, and
-    under torchrun every process scores its share."""
+    broken, which is named. What recurs with its caption is scored once. Kept in <users>/scores, a
+    file a chunk, named after what is in it: nothing is computed twice, and under torchrun every
+    process scores its share."""
     rank, world_size = utils.rank_and_world()
-    folder = Path(folder) / "scores"
+    folder = Path(args.users) / "scores"
     folder.mkdir(parents=True, exist_ok=True)
-    chunks = [rows[i : i + chunk_size] for i in range(0, len(rows), chunk_size)]
-    files = [(folder / f"{number:06d}.npz", chunk) for number, chunk in enumerate(chunks)]
-    mine = files[rank::world_size]
-    for path, chunk in tqdm(mine, desc="scoring pairs", unit="chunk", disable=None):
-        if load_cached_scores(path, names, chunk) is None:
+    numbers, sources = {}, []  # of an image with a caption
+    for row in rows:
+        for side in (0, 1):
+            if numbers.setdefault(score_key(row, side), len(sources)) == len(sources):
+                sources.append((row, side))
+    groups = chunk_images(args.data, sources, 128)
+    mine = [
+        [chunk for chunk in chunks if cached_scores(folder, names, chunk) is None]
+        for chunks in groups[rank::world_size]
+    ]
+    device = utils.pick_device(args.device)
+    for name in names:  # before any work, and before workers start
+        if name in REWARDS and any(mine):
+            load_reward(name, device)
+    how = dict(batch_size=None, num_workers=args.workers, collate_fn=tuple)
+    progress = tqdm(total=sum(map(len, sum(mine, []))), desc="scoring images", disable=None)
+    stream = ImageStream(mine, args.data, partial(preprocess, names=names))
+    with loading(stream, **how) as chunks, progress:
+        for chunk, pixels in chunks:
             buffer = io.BytesIO()
-            np.savez(buffer, **score_chunk(data, names, chunk, device))
-            content = buffer.getvalue()
+            np.savez(buffer, **score_chunk(names, chunk, pixels, device))
+            path, content = chunk_file(folder, chunk), buffer.getvalue()
             utils.write_atomically(path, lambda to, content=content: to.write_bytes(content))
+            progress.update(len(chunk))
     if world_size > 1:
         dist.barrier()
     if rank != 0:
         return {}
-    parts = [load_cached_scores(path, names, chunk) for path, chunk in files]
-    return {name: np.concatenate([part[name] for part in parts]) for name in names}
+    scores = {name: np.empty(len(sources), np.float32) for name in names}
+    for chunk in sum(groups, []):
+        places = [numbers[score_key(*source)] for source in chunk]
+        for name, values in cached_scores(folder, names, chunk).items():
+            scores[name][places] = values
+    index = [[numbers[score_key(row, side)] for side in (0, 1)] for row in rows]
+    return {name: values[index] for name, values in scores.items()}
 
 
-def load_cached_scores(path, names, rows):
-    """{name: (n, 2)} if these rows' scores by all these rewards are in the file, else None."""
+def score_key(row, side):
+    return image_key(row, side), row["caption"]
+
+
+def chunk_file(folder, chunk):
+    keys = repr([score_key(*source) for source in chunk])
+    return folder / f"{hashlib.sha256(keys.encode()).hexdigest()[:20]}.npz"
+
+
+def cached_scores(folder, names, chunk):
+    """{name: (n,)} if a chunk's scores by all these rewards are there, else None."""
+    path = chunk_file(folder, chunk)
     if not path.exists():
         return None
-    with np.load(path, allow_pickle=False) as file:
-        current = np.array_equal(file["ranking_ids"], [row["ranking_id"] for row in rows])
-        return {name: file[name] for name in names} if current and set(names) <= set(file) else None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in names} if set(names) <= set(file) else None
+    except (ValueError, OSError, EOFError, BadZipFile):
+        raise InputError(f"{path}: not a file of scores; delete it") from None
 
 
-def score_chunk(data, names, rows, device):
-    """{name: (n, 2)} of rows, nan where an image is broken; and their ranking_ids, (n,)."""
-    readable, images = [], []
-    for i, row in enumerate(rows):
-        try:
-            images += read_images(data, row)
-            readable.append(i)
-        except InputError as problem:
-            print(f"skipped: {problem}", file=sys.stderr)
-    captions = [rows[i]["caption"] for i in readable for _ in range(2)]
-    scores = dict(ranking_ids=np.array([row["ranking_id"] for row in rows]))
-    scores |= {name: np.full((len(rows), 2), np.nan, np.float32) for name in names}
+def score_chunk(names, chunk, pixels, device):
+    """{name: (n,)} of a chunk's images as preprocess() has them, nan where one is broken (None)."""
+    readable = [i for i, image in enumerate(pixels) if image is not None]
+    captions = [chunk[i][0]["caption"] for i in readable]
+    scores = {name: np.full(len(chunk), np.nan, np.float32) for name in names}
     for name in names if readable else ():
-        scores[name][readable] = score(name, images, captions, device).reshape(-1, 2)
+        scores[name][readable] = score_pixels(name, [pixels[i] for i in readable], captions, device)
     return scores
 
 
@@ -237,7 +202,7 @@ def make_synthetic_users(args, rows, settings):
     names = [name for name in args.one_hot if name != "own"]
     scores = {}
     if names:
-        scores = score_pairs(args.users, args.data, names, rows, utils.pick_device(args.device))
+        scores = score_pairs(args, names, rows)
     if utils.rank_and_world()[0] != 0:
         return
     scores["own"] = np.array([[1 - row["preferred"], row["preferred"]] for row in rows], np.float32)
@@ -253,14 +218,15 @@ def make_synthetic_users(args, rows, settings):
         raise InputError(f"--data {args.data}: no pair is left; all are broken or of equal scores")
     Path(args.users).mkdir(parents=True, exist_ok=True)
     for name, vector in zip(args.one_hot, torch.eye(len(args.one_hot)), strict=True):
-        write_user(args.users, name, embedding=vector.view(1, 1, -1).clone(), vlm="one-hot")
+        path = Path(args.users) / f"{name}.pt"
+        write_user(path, embedding=vector.view(1, 1, -1).clone(), vlm="one-hot")
     write_pairs(args.users, pairs, settings)
 
     for name in args.one_hot:
         made = [pair for pair in pairs if pair["user"] == name]
         n_train = sum(pair["split"] == "train" for pair in made)
         n_equal = (scores[name][:, 0] == scores[name][:, 1]).sum()
-        n_broken = np.isnan(scores[name][:, 0]).sum()
+        n_broken = np.isnan(scores[name]).any(1).sum()
         title = "the users" if name == "own" else REWARDS.get(name, ("drawn world",))[0]
         lost = f"{n_equal} dropped as equal, {n_broken} with a broken image"
         print(f"{name} ({title}): {len(made)} pairs, {n_train} to train on, {lost}")

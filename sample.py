@@ -1,6 +1,6 @@
 """Images for a user and a prompt.
 
-    python sample.py --user assets/ppd/61.pt --prompt "a red star"  # right after the clone
+    python sample.py --user assets/ppd/972.pt --prompt "a red star"  # right after the clone
     python sample.py --user base --user zero --user users/17.pt --prompt "a red star" "a blue cross"
     python sample.py --user me.pt:0.7 --user users/17.pt:0.3 --user-scale 1.5 --prompt "a red star"
 
@@ -10,7 +10,6 @@ taste, `base` (or no --user) the untouched base. The settings of every image are
 metadata.
 """
 
-import csv
 import json
 import math
 import re
@@ -42,8 +41,8 @@ def parse_args(argv=None):
     add("--decoder", help="with Stages A and B (default: stabilityai/stable-cascade)")
     add("--seed", type=int, default=0, help="of a prompt's first image (default: %(default)s)")
     add("--n", type=int, default=1, help="images a prompt and user, seeds count up (%(default)s)")
-    add("--steps", type=int, help="denoising steps (default: tiny 20, full scale 30)")
-    add("--guidance", type=float, help="1 or less: off (default: tiny 2, full scale 4)")
+    add("--steps", type=int, help="denoising steps (default: tiny 8, full scale 30)")
+    add("--guidance", type=float, help="1 or less: off (default: tiny 3, full scale 4)")
     add("--size", type=int, default=256, help="enlarge smaller images to, 0: not (%(default)s)")
     add("--out", default="samples", help="folder (default: %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
@@ -58,6 +57,9 @@ def parse_args(argv=None):
             parser.error(f"--{key} {value}: expected 1 or more")
     if not 0 <= args.seed < 2**63 - args.n:
         parser.error(f"--seed {args.seed}: expected 0 to 2^63")
+    if not math.isfinite(args.user_scale):
+        parser.error(f"--user-scale {args.user_scale}: expected a finite number")
+    check_guidance(args.guidance, parser.error)
     args.user = [parse_user(spec, parser.error) for spec in args.user or ["base"]]
     if len({weight is None for _, weight in args.user}) > 1:
         parser.error("--user: give every user a weight (blended into one) or none (an image each)")
@@ -66,6 +68,11 @@ def parse_args(argv=None):
     if args.adapter is None and any(name != "base" for name, _ in args.user):
         args.adapter = find_adapter(args.user)
     return args
+
+
+def check_guidance(guidance, error):
+    if guidance is not None and not 0 <= guidance < math.inf:
+        error(f"--guidance {guidance}: expected a finite number, 1 or less for none")
 
 
 def parse_user(spec, error):
@@ -106,17 +113,21 @@ def find_adapter(users):
 
 def read_prompts(source):
     """Captions of a text file, one a line; of a .tsv's Prompt column, quotation marks kept (some of
-    PartiPrompts begin with one); or of PartiPrompts.tsv in a dataset repository."""
+    PartiPrompts begin with one); or of PartiPrompts.tsv in a dataset repository. Nothing but a
+    newline ends a line."""
     path = hub_file(source, "PartiPrompts.tsv", "dataset") if is_hub_id(source) else Path(source)
+    if path.suffix not in (".txt", ".tsv", ""):
+        raise InputError(f"--prompts {path}: expected .txt, a caption a line, or .tsv")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError):
         raise InputError(f"--prompts {path}: not a UTF-8 text file") from None
     if path.suffix == ".tsv":
-        rows = list(csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
-        if not rows or "Prompt" not in rows[0]:
+        names, *rows = [line.rstrip("\r").split("\t") for line in lines if line.strip()] or [[]]
+        if "Prompt" not in names or not rows:
             raise InputError(f"--prompts {path}: expected a Prompt column and a row below it")
-        lines = [row["Prompt"] for row in rows]
+        column = names.index("Prompt")
+        lines = [row[column] for row in rows if len(row) > column]
     prompts = [line.strip() for line in lines if line and line.strip()]
     if not prompts:
         raise InputError(f"--prompts {path}: no caption in it")
@@ -135,10 +146,10 @@ def load_base_for(adapter, args):
 
 
 def load_user_embedding(adapter, name, group=0):
-    """A user file's group as a standardized embedding (1, D), or the zero user's: a Diffusion-DPO
+    """A user file's group as an embedding (1, D), or the zero user's: a Diffusion-DPO
     adapter has seen nobody else. Raises InputError if the adapter cannot understand the file."""
     if name == "zero" or adapter.header.get("objective") == "dpo":
-        return torch.zeros_like(adapter.mean)[None]
+        return adapter.mean[None]
     user = load_user(name)
     embedding = user["embedding"]
     if embedding.shape[2] != adapter.user_dim:
@@ -151,20 +162,20 @@ def load_user_embedding(adapter, name, group=0):
         raise InputError(f"{name}: read by {embedding_source(user)}, but {trained} {details}")
     if not 0 <= group < len(embedding):
         raise InputError(f"--group {group}: {name} has groups 0 to {len(embedding) - 1}")
-    return adapter.standardize(embedding[group, -1:].to(adapter.mean))
+    return embedding[group, -1:].to(adapter.mean)
 
 
 @torch.no_grad()
 def generate(base, prompts, seeds, adapter=None, user=None, batch=32, desc=None, **settings):
     """PIL images of prompts, one seed each.
 
-    user: standardized embedding, (1, D) for all, a row a prompt, or None: the base
+    user: embedding, (1, D) for all, a row a prompt, or None: the base
     desc: title of a progress bar, or None for none; settings: of base.sample
     """
     images = []
     tokens = None
     if user is not None:
-        tokens = adapter(user.to(base.device), standardized=True).expand(len(prompts), -1, -1)
+        tokens = adapter(user.to(base.device)).expand(len(prompts), -1, -1)
     starts = range(0, len(prompts), batch)
     for i in tqdm(starts, desc=desc, disable=None if desc else True, leave=False):
         part = slice(i, i + batch)
@@ -190,7 +201,7 @@ def preview(base, adapter, captions, users, path):
 
 
 def blend_or_list(args, adapter):
-    """--user as columns: {label: (standardized embedding or None, its [(name, weight), ...])}."""
+    """--user as columns: {label: (embedding or None, its [(name, weight), ...])}."""
     stems = [Path(name).stem for name, _ in args.user]
     columns = {}
     terms = []
@@ -200,10 +211,17 @@ def blend_or_list(args, adapter):
         if weight is None:
             label = name if stems.count(stem) > 1 else stem  # one name: told apart by the folders
             columns[label] = (user, [(name, weight)])
-        else:  # standardized: users' states share a large mean component
+        else:
             blend = blend + weight * user
             terms.append(f"{weight:g} {stem}")
     return columns or {" + ".join(terms): (blend, args.user)}
+
+
+def file_name(prompt, label, seed):
+    """A prompt's beginning, a label's end and a seed, in what every file system takes."""
+    parts = (re.sub(r"[^\w.-]+", "-", text) for text in (prompt, label))
+    prompt, label = (part.encode() for part in parts)
+    return f"{prompt[:80].decode(errors='ignore')}_{label[-80:].decode(errors='ignore')}_{seed}"
 
 
 def run(args):
@@ -226,6 +244,7 @@ def run(args):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     made = {}
+    written = set()
     for label, (user, users) in columns.items():
         made[label] = generate(base, prompts, seeds, adapter, user, desc=label, **sampling)
         used = str(adapter.path) if user is not None else None
@@ -233,8 +252,10 @@ def run(args):
             settings = dict(prompt=prompts[i], seed=seeds[i], user=users, group=args.group)
             settings |= dict(base=base.name, adapter=used) | sampling
             number = f"{i // args.n:04d}-" if len(captions) > 1 else ""  # prompts may begin alike
-            name = re.sub(r"[^\w.-]+", "-", f"{prompts[i][:60]}_{label[-60:]}_{seeds[i]}")
-            path = out / f"{number}{name}.png"
+            path = out / f"{number}{file_name(prompts[i], label, seeds[i])}.png"
+            while path in written:  # two users of one name in long folders
+                path = path.with_stem(path.stem + "-")
+            written.add(path)
             info = PngImagePlugin.PngInfo()
             info.add_text("ppd", json.dumps(settings))
             if 0 < image.width < args.size:

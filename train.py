@@ -29,25 +29,25 @@ from tqdm import tqdm
 
 import utils
 from bases import load_base
-from data import PreferencePairs, collate, load_training_data, loading, open_images
+from bases.latents import open_images
+from data import PreferencePairs, collate, load_training_data, loading
 from ppd import UserAdapter, denoising_error, ppd_loss
 from sample import preview
 from utils import InputError
 
 # Defaults by base and kind of users; every one is a flag. batch: pairs a step, over all GPUs
 # together; micro: pairs a GPU holds at once, the rest is accumulated; t_min: timesteps are from
-# [t_min, 1] (below 0.85 the tiny base's gradient is mostly noise);
-# max_steps: None is one epoch; warmup: steps; tokens, token_dim: user tokens and their width
-TINY = dict(batch=32, micro=32, lr=1e-3, beta=1.0, t_min=0.85, max_steps=400, decay="cosine")
-TINY |= dict(warmup=20, tokens=4, token_dim=64)
+# [t_min, 1]; max_steps: None is one epoch; warmup: steps; tokens, token_dim: user tokens
+TINY = dict(batch=32, micro=32, lr=1e-3, beta=1.0, t_min=0.95, max_steps=300, decay="cosine")
+TINY |= dict(warmup=20, tokens=4, token_dim=64, save_every=300)
 FULL = dict(batch=768, micro=8, lr=1e-5, beta=1.0, t_min=0.001, max_steps=None, decay="constant")
-FULL |= dict(warmup=20, tokens=4, token_dim=1024)
-ONE_HOT = TINY | dict(lr=5e-4, beta=6.0, max_steps=300)
+FULL |= dict(warmup=20, tokens=4, token_dim=1024, save_every=100)
+ONE_HOT = TINY | dict(beta=10.0, max_steps=200)
 DEFAULTS = {"tiny": TINY, "tiny, one-hot": ONE_HOT, "full": FULL}
 VALIDATION_PAIRS = 1024  # at every save: the accuracy's standard error is 1.6%
 # what the adapter's header tells of its training, and what a resumed run may change
-HEADER_KEYS = (*(key for key in DEFAULTS["full"] if key != "micro"), "clip", "user_drop", "noise")
-HEADER_KEYS += ("bias_free", "seed", "dtype", "only")
+HEADER_KEYS = tuple(key for key in DEFAULTS["full"] if key not in ("micro", "save_every"))
+HEADER_KEYS += ("clip", "user_drop", "noise", "bias_free", "seed", "dtype", "only")
 RESUME_MAY_CHANGE = ("resume", "out", "data", "latents", "device", "workers", "micro")
 RESUME_MAY_CHANGE += ("checkpointing", "compile", "save_every", "log_every", "preview_every")
 
@@ -86,7 +86,7 @@ def parse_args(argv=None):
     add("--bias-free", action="store_true", help="no bias in the projector: zero user = base")
     add("--compile", action="store_true", help="compile the prior's blocks: a minute, then faster")
     add("--checkpointing", action="store_true", help="recompute activations: less memory, slower")
-    add("--save-every", type=int, default=100, help="steps (default: %(default)s)")
+    add("--save-every", type=int, help="steps; validates too " + by_base("save_every"))
     add("--log-every", type=int, default=10, help="steps (default: %(default)s)")
     add("--preview-every", type=int, default=100, help="steps, 0 for none (default: %(default)s)")
     add("--workers", type=int, default=0, help="processes that read images (default: %(default)s)")
@@ -127,7 +127,7 @@ def check_args(args, error):
 
     check("batch micro max_steps save_every log_every", lambda v: v >= 1, "1 or more")
     check("tokens token_dim grid", lambda v: v >= 1, "1 or more")
-    check("seed workers warmup preview_every", lambda v: v >= 0, "0 or more")
+    check("seed workers warmup preview_every", lambda v: 0 <= v < 2**63, "0 or more")
     check("beta lr clip", lambda v: 0 < v < math.inf, "a number above 0")
     check("t_min", lambda v: 0 < v < 1, "a timestep in (0, 1)")
     check("user_drop", lambda v: 0 <= v <= 1, "a share in [0, 1]")
@@ -249,7 +249,7 @@ def accumulate_gradient(step, args, base, adapter, batches, stop, save):
     *means, n_stop, grad_norm = torch.cat([total, grad_norm[None].to(total.dtype)]).tolist()
 
     line = dict(zip(("step", "loss", *log), (step, *means), strict=True), grad_norm=grad_norm)
-    line["lr"] = learning_rate(step, args)
+    line |= dict(lr=learning_rate(step, args), clipped=int(grad_norm > args.clip))
     line["pairs_per_second"] = round(args.batch / (time.time() - began), 2)
     if base.device.type == "cuda":
         line["peak_gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
@@ -361,12 +361,10 @@ def validation_batches(dataset, args, to_batch):
 
 
 def preview_inputs(adapter, rows, embeddings, objective):
-    """Three captions and three users {name: standardized (1, D)} that previews show."""
+    """Three captions and three users {name: (1, D)} that previews show."""
     captions, names = (sorted({r[k] for r in rows["validation"]})[:3] for k in ("caption", "user"))
-    users = {name: adapter.standardize(embeddings[name][:1].to(adapter.mean)) for name in names}
-    if objective == "dpo":  # everybody is the zero user
-        users = {name: torch.zeros_like(user) for name, user in users.items()}
-    return captions, users
+    zero = adapter.mean[None] if objective == "dpo" else None  # everybody is the zero user
+    return captions, {name: embeddings[name][:1] if zero is None else zero for name in names}
 
 
 def print0(*text):
@@ -422,12 +420,14 @@ def run(args):
         return
     save = partial(save_run, args, config, header, adapter, optimizer)
     print_plan(args, base, adapter, rows, images)
+    if images.kind == "images" and args.base != "tiny" and rank == 0:
+        images.warn(rows["train"][0], (args.max_steps - start) * args.batch)
 
     # micro-batches: this rank's of the endless training sequence, and the same validation pairs,
     # noise and timesteps every time, whatever --seed
     common = dict(embeddings=embeddings, load_images=images, latent_shape=base.latent_shape)
     common |= dict(separate_noise=args.noise == "separate", t_min=args.t_min)
-    train_pairs = PreferencePairs(rows["train"], seed=args.seed, **common)
+    train_pairs = PreferencePairs(rows["train"], seed=args.seed, strata=args.batch, **common)
     val_pairs = PreferencePairs(rows["validation"], seed=0, **common)
     to_batch = partial(collate, tokenize=base.tokenize)
     steps = range(start, args.max_steps)

@@ -1,9 +1,11 @@
 """Files, checkpoints, processes and devices: what every script needs, and no part of the method."""
 
 import argparse
+import io
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -52,19 +54,18 @@ def append_line(path, text):
 def read_json(path):
     """A .json file that holds one object, as a dict."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         assert isinstance(content, dict)
+        return content
     except (ValueError, RecursionError, AssertionError):
         raise InputError(f"{path}: not a JSON object; move it away") from None
-    return content
 
 
 def read_jsonl(path):
     """Lines of a .jsonl as a list of dicts; a last line that a kill cut short is dropped."""
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
-    whole_lines = text.split("\n")[:-1]  # what follows the last newline is no whole line
+    text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
     records = []
-    for number, line in enumerate(whole_lines, 1):
+    for number, line in enumerate(text.split("\n")[:-1], 1):
         try:
             record = json.loads(line)
             assert isinstance(record, dict)
@@ -75,7 +76,6 @@ def read_jsonl(path):
 
 
 def write_jsonl(path, records):
-    """Dicts to a .jsonl, atomically."""
     text = "".join(json.dumps(record) + "\n" for record in records)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
@@ -128,17 +128,15 @@ def flag(key):
 
 def is_hub_id(name):
     """Whether a string that is no folder here reads like owner/name on the hub."""
-    looks_like_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) is not None
-    return looks_like_id and not Path(name).exists()
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", str(name))) and not Path(name).exists()
 
 
 def hub_file(repo, name, kind="model"):
     """Path of a file of a folder, or of a hub repository (its cache, or a download into it)."""
     if not is_hub_id(repo):
-        path = Path(repo) / name
-        if not path.is_file():
-            raise InputError(f"{path}: no such file")
-        return path
+        if not (Path(repo) / name).is_file():
+            raise InputError(f"{Path(repo) / name}: no such file")
+        return Path(repo) / name
     from huggingface_hub import hf_hub_download
 
     try:
@@ -176,8 +174,7 @@ def all_reduce_sum(tensors):
     """Each of these tensors of one dtype becomes its sum over ranks, in one exchange."""
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
-    parts = flat.split([tensor.numel() for tensor in tensors])
-    for tensor, part in zip(tensors, parts, strict=True):
+    for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
 
 
@@ -207,11 +204,21 @@ def pick_dtype(name, device):
 def make_parser(script, doc):
     """A parser whose errors are one line, and whose --help begins with the script's docstring."""
     look = dict(formatter_class=argparse.RawDescriptionHelpFormatter, usage=argparse.SUPPRESS)
-    return argparse.ArgumentParser(prog=script, description=doc, **look)
+    parser = argparse.ArgumentParser(prog=script, description=doc, **look)
+    for stream in (sys.stdout, sys.stderr):  # a caption may have letters that a terminal lacks
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    for word in sys.argv[1:]:
+        if re.search("[\ud800-\udfff]", word):
+            parser.error(f"{ascii(word)}: not UTF-8")
+    return parser
 
 
 def run_script(name, run, args):
     """run(args); whatever is wrong with the input becomes one line and exit status 1."""
+    for key in ("users", "data", "out", "latents", "adapter", "base", "baselines"):  # a/ is a
+        if isinstance(getattr(args, key, None), str):
+            setattr(args, key, os.path.normpath(getattr(args, key)))
     try:
         run(args)
     except KeyboardInterrupt:
@@ -219,3 +226,15 @@ def run_script(name, run, args):
     except (InputError, OSError) as error:
         # the last line: an error from a DataLoader worker carries its traceback before it
         sys.exit(f"{name}: error: {str(error).strip().splitlines()[-1]}")
+
+
+def run_python(script, *flags):
+    """Run another script of this folder; its output is shown."""
+    words = [str(word) for word in flags]
+    process = subprocess.Popen([sys.executable, str(Path(__file__).with_name(script)), *words])
+    try:
+        process.wait()
+    finally:  # after a KeyboardInterrupt too: it was asked to stop as well, and saves first
+        code = process.wait()
+    if code != 0:
+        raise InputError(f"{script} {' '.join(words)} ended with exit status {code}")

@@ -15,7 +15,6 @@ counted by PyTorch for the arithmetic that the loss needs (no recomputation), an
 medians.
 """
 
-import argparse
 import contextlib
 import copy
 import json
@@ -37,52 +36,33 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity
 from torch.utils.flop_counter import FlopCounterMode
 
-# the project's own modules are imported by the functions that use them: only now are they found
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bases.cascade import StableCascade, make_scheduler
+from ppd import UserAdapter, ppd_loss
+from train import micro_step
+from utils import TINY, make_parser, pick_dtype
 
-COMMON = dict(
-    in_channels=16,
-    out_channels=16,
-    timestep_ratio_embedding_dim=64,
-    patch_size=1,
-    clip_text_in_channels=1280,
-    clip_text_pooled_in_channels=1280,
-    clip_image_in_channels=768,
-    clip_seq=4,
-    dropout=(0.1, 0.1),
-    switch_level=(False,),
-)
-SIZES = {
-    "full": dict(
-        conditioning_dim=2048,
-        block_out_channels=(2048, 2048),
-        num_attention_heads=(32, 32),
-        down_num_layers_per_block=(8, 24),
-        up_num_layers_per_block=(24, 8),
-    ),
-    "lite": dict(
-        conditioning_dim=1536,
-        block_out_channels=(1536, 1536),
-        num_attention_heads=(24, 24),
-        down_num_layers_per_block=(4, 12),
-        up_num_layers_per_block=(12, 4),
-    ),
-}
-TEXT = dict(
-    hidden_size=1280,
-    intermediate_size=5120,
-    projection_dim=1280,
-    num_hidden_layers=32,
-    num_attention_heads=20,
-    hidden_act="gelu",
-)
+COMMON = dict(in_channels=16, out_channels=16, timestep_ratio_embedding_dim=64, patch_size=1)
+COMMON |= dict(clip_text_in_channels=1280, clip_text_pooled_in_channels=1280)
+COMMON |= dict(clip_image_in_channels=768, clip_seq=4, dropout=(0.1, 0.1), switch_level=(False,))
+TEXT = dict(hidden_size=1280, intermediate_size=5120, projection_dim=1280, hidden_act="gelu")
+TEXT |= dict(num_hidden_layers=32, num_attention_heads=20)
 ARMS = ("ours", "eager", "recipe")
 
 
+def stage_c(width, down, **changes):
+    """The configuration of a Stage C with two levels of one width, and `down` blocks in each on the
+    way down."""
+    sizes = dict(conditioning_dim=width, block_out_channels=(width, width))
+    sizes |= dict(down_num_layers_per_block=down, up_num_layers_per_block=down[::-1])
+    return COMMON | changes | sizes | dict(num_attention_heads=(width // 64, width // 64))
+
+
+SIZES = {"full": stage_c(2048, (8, 24)), "lite": stage_c(1536, (4, 12))}
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser("bench.py", __doc__)
     add = parser.add_argument
     add("--base", choices=("tiny", "lite", "full"), default="tiny")
     add("--micro", type=int, help="pairs a micro-step (default: tiny 32, else 8)")
@@ -92,7 +72,8 @@ def parse_args(argv=None):
     add("--count", action="store_true", help="run nothing: count a micro-step's FLOPs and bytes")
     add("--profile", action="store_true", help="the first arm's three largest costs too")
     add("--checkpointing", action="store_true", help="in ours and eager too")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", choices=("cpu", "cuda"), default=device, help="(default: %(default)s)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     args = parser.parse_args(argv)
     if args.micro is None:
@@ -104,14 +85,11 @@ def parse_args(argv=None):
 def make_base(size, device, dtype):
     """A StableCascade of that size with random weights: Stage C and text encoder, frozen, made on
     the device."""
-    from bases.cascade import StableCascade, make_scheduler
-    from utils import TINY
-
-    prior_config, text_config = COMMON | SIZES.get(size, {}), TEXT
     if size == "tiny":
-        parts = ("prior", "text_encoder")
-        configs = [json.loads((TINY / part / "config.json").read_text()) for part in parts]
-        prior_config, text_config = configs
+        paths = [TINY / part / "config.json" for part in ("prior", "text_encoder")]
+        prior_config, text_config = (json.loads(path.read_text()) for path in paths)
+    else:
+        prior_config, text_config = SIZES[size], TEXT
     diffusers.utils.logging.set_verbosity_error()
     base = StableCascade.__new__(StableCascade)  # no checkpoint to load
     base.device = torch.device(device)
@@ -154,8 +132,6 @@ def make_batch(base, micro):
 
 
 def make_adapter(base, batch):
-    from ppd import UserAdapter
-
     token_dim = 1024 if is_full_scale(base) else 64
     adapter = UserAdapter(batch["user"].shape[1], base.channels, 4, token_dim)
     return adapter.install(base.attention_layers())
@@ -164,8 +140,6 @@ def make_adapter(base, batch):
 # --------------------------------------------------------------------------- the arms
 def recipe_micro_step(base, reference, adapter, batch):
     """The usual micro-step: a second prior as the reference, everything waited for."""
-    from ppd import ppd_loss
-
     batch = {key: value.to(base.device) for key, value in batch.items()}
     t = batch["t"].repeat(2)
     x_t = base.add_noise(batch["images"], batch["noise"], t)
@@ -187,8 +161,6 @@ def make_arms(args, device, dtype):
     """{arm: a function that takes one optimizer step}, and the bytes that each arm keeps between
     steps, as a function. The arms share one prior and one adapter, so that the largest fit on one
     GPU together."""
-    from train import micro_step
-
     base = make_base(args.base, device, dtype)
     batch = make_batch(base, args.micro)
     reference = None
@@ -244,8 +216,6 @@ def count(args, fused, checkpointing=False):
     fused: attention as the fused kernels do it, which keep less and compute more, or by plain
     matrix products
     """
-    from train import micro_step
-
     base = make_base(args.base, "meta", torch.bfloat16)
     batch = make_batch(base, args.micro)
     adapter = make_adapter(base, batch)
@@ -268,14 +238,11 @@ def count(args, fused, checkpointing=False):
             kept[storage._cdata] = (storage.nbytes(), tensor)
         return tensor
 
-    def give_back(tensor):
-        return tensor
-
     attention = flash if fused else plain
     with (
         mock.patch.object(F, "scaled_dot_product_attention", attention),
         FlopCounterMode(display=False) as counter,
-        torch.autograd.graph.saved_tensors_hooks(keep, give_back),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
         micro_step(base, adapter, batch, 1.0, 0.1, args.micro)
     return (
@@ -298,10 +265,15 @@ def print_count(args):
 
 
 # -------------------------------------------------------------------------- measuring
-def clock(gpu):
+def seconds(work, gpu):
+    """How long a function takes; a GPU is waited for."""
     if gpu:
         torch.cuda.synchronize()
-    return time.perf_counter()
+    began = time.perf_counter()
+    work()
+    if gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
 def matmul_flops(device, dtype):
@@ -309,37 +281,28 @@ def matmul_flops(device, dtype):
     gpu = device == "cuda"
     n, repeat = (8192, 10) if gpu else (1536, 2)
     a = torch.randn(n, n, device=device, dtype=dtype)
-    b = torch.randn(n, n, device=device, dtype=dtype)
-    best = 0
-    for _ in range(5):
-        began = clock(gpu)
+
+    def multiply():
         for _ in range(repeat):
-            a @ b
-        best = max(best, repeat * 2 * n**3 / (clock(gpu) - began))
-    return best
+            a @ a
+
+    return repeat * 2 * n**3 / min(seconds(multiply, gpu) for _ in range(5))
 
 
 def take_turns(args, arms, kept_bytes, device, dtype):
     """{arm: seconds of its first step}, {arm: seconds of the others}, {arm: peak bytes}, and the
     median ceiling."""
     gpu = device == "cuda"
-    first, peak = {}, dict.fromkeys(arms, 0)
-    times = {arm: [] for arm in arms}
+    first = {arm: seconds(step, gpu) for arm, step in arms.items()}
+    times, peak = {arm: [] for arm in arms}, dict.fromkeys(arms, 0)
     ceilings = []
-    for arm, step in arms.items():
-        began = clock(gpu)
-        step()
-        first[arm] = clock(gpu) - began
     for _ in range(args.rounds):
         ceilings.append(matmul_flops(device, dtype))
         for arm, step in arms.items():
-            before = 0
             if gpu:
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
-            began = clock(gpu)
-            step()
-            times[arm].append(clock(gpu) - began)
+            times[arm].append(seconds(step, gpu))
             if gpu:
                 used = torch.cuda.max_memory_allocated() - before + kept_bytes(arm)
                 peak[arm] = max(peak[arm], used)
@@ -375,15 +338,15 @@ def measure(args, device, dtype):
     arms, kept_bytes = make_arms(args, device, dtype)
     first, times, peak, ceiling = take_turns(args, arms, kept_bytes, device, dtype)
     pairs = args.micro * args.accumulate
-    speed = {arm: pairs / statistics.median(seconds) for arm, seconds in times.items()}
+    speed = {arm: pairs / statistics.median(taken) for arm, taken in times.items()}
     print(
         f"{flops / 1e12:.4g} TFLOP a pair; matmul ceiling {ceiling / 1e12:.4g} TFLOP/s; medians of "
         f"{args.rounds} steps, smallest to largest in brackets"
     )
     print("| arm | pairs/s | TFLOP/s | of the ceiling | first step, s | peak memory, GiB |")
     print("|---|---|---|---|---|---|")
-    for arm, seconds in times.items():
-        span = f"{pairs / max(seconds):.3g} to {pairs / min(seconds):.3g}"
+    for arm, taken in times.items():
+        span = f"{pairs / max(taken):.3g} to {pairs / min(taken):.3g}"
         memory = f"{peak[arm] / 2**30:.1f}" if gpu else "-"
         print(
             f"| {arm} | {speed[arm]:.3g} ({span}) | {speed[arm] * flops / 1e12:.3g} | "
@@ -398,23 +361,18 @@ def measure(args, device, dtype):
 
 
 def main(argv=None):
-    from utils import pick_dtype
-
     args = parse_args(argv)
     if args.count:
         print_count(args)
         return
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     # on a CPU attention as train.py does it; the first step compiles, whatever was compiled before
-    attention = sdpa_kernel(SDPBackend.MATH) if device == "cpu" else contextlib.nullcontext()
+    attention = sdpa_kernel(SDPBackend.MATH) if args.device == "cpu" else contextlib.nullcontext()
     with (
         tempfile.TemporaryDirectory() as cache,
         mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache),
         attention,
     ):
-        measure(args, device, pick_dtype(args.dtype, device))
+        measure(args, args.device, pick_dtype(args.dtype, args.device))
 
 
 if __name__ == "__main__":

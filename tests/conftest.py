@@ -1,3 +1,4 @@
+import json
 import os
 import shutil
 import signal
@@ -5,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+SHORT = "--max-steps 2 --batch 8 --micro 8 --log-every 1 --preview-every 0 --device cpu".split()
+TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
 sys.path.insert(0, str(ROOT))
 os.chdir(ROOT)  # the scripts' default paths are relative to the checkout
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -55,6 +59,43 @@ def script(*command, check=True, **env):
     return done
 
 
+def call(module, *words):
+    """A script's main() in this process: a start takes seconds."""
+    module.main([*map(str, words)])
+
+
+def refusal(module, *words):
+    """The line that a script, called in this process, stops with."""
+    with pytest.raises(SystemExit) as stop:
+        call(module, *words)
+    assert "\n" not in stop.value.code
+    return stop.value.code
+
+
+def train_flags(users, out, *flags):
+    return [*map(str, ("--users", users, "--out", out, *SHORT, *flags))]
+
+
+def run_train(users, out, *flags):
+    """train.py in this process, two small steps unless the flags say otherwise."""
+    import train  # only now: torch reads the environment above
+
+    train.main(train_flags(users, out, *flags))
+
+
+def evaluation(out, command):
+    """What a subcommand has put into evaluation.json."""
+    return json.loads((Path(out) / "evaluation.json").read_text())[command]
+
+
+def with_columns(table, **columns):
+    """A table with other values in these columns."""
+    for name, values in columns.items():
+        position = table.column_names.index(name)
+        table = table.set_column(position, name, pa.array(values))
+    return table
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A small drawn data set and its one-hot users, made by the real scripts: (data folder, users
@@ -83,3 +124,11 @@ def people(world, tmp_path_factory):
     users = tmp_path_factory.mktemp("people") / "users"
     script("embed.py", "--data", world[0], "--users", users)
     return world[0], users
+
+
+@pytest.fixture(scope="session")
+def people_run(people, tmp_path_factory):
+    """An adapter for these users, hardly trained."""
+    run = tmp_path_factory.mktemp("people") / "run"
+    run_train(people[1], run)
+    return run

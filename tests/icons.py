@@ -84,9 +84,8 @@ def write_data(out, users=240, pairs=20, seed=0):
     table = pa.Table.from_pylist(rows, pa.schema(ARROW_TYPES))
     Path(out).mkdir(parents=True)
     pq.write_table(table, Path(out) / "icons.parquet", row_group_size=1000)
-    print(
-        f"{out}: {len(rows)} pairs of {users} users, {len(codes)} emoji by {len(ARTISTS)} artists"
-    )
+    artists = f"{len(codes)} emoji by {len(ARTISTS)} artists"
+    print(f"{out}: {len(rows)} pairs of {users} users, {artists}")
 
 
 def write_ids(out, folder):
@@ -94,10 +93,11 @@ def write_ids(out, folder):
     rows, _ = split_rows(read_rows(out), 0.1, 0.25, 0.0)
     artists = list(ARTISTS)
     for row in rows:
-        row |= dict(user=artists[row["user_id"] % len(artists)], groups=[0])
-    Path(folder).mkdir(parents=True)
+        row |= dict(user=artists[int(row["user_id"]) % len(artists)], groups=[0])
+    folder = Path(folder)
+    folder.mkdir(parents=True)
     for vector, artist in zip(torch.eye(len(artists)), artists, strict=True):
-        write_user(folder, artist, embedding=vector[None, None], vlm="one-hot")
+        write_user(folder / f"{artist}.pt", embedding=vector[None, None], vlm="one-hot")
     write_pairs(folder, rows, dict(data=str(out), one_hot=artists))
     print(f"{folder}: {len(rows)} pairs of {len(artists)} users")
 

@@ -7,17 +7,15 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_method import Evil
 
 import embed
 import utils
-from conftest import ROOT, script
+from conftest import ROOT, script, with_columns
 from data import write_user
 
 
@@ -43,12 +41,9 @@ def new_folder(path):
     return path
 
 
-def change(table, **columns):
-    """A table with other values in these columns."""
-    for name, values in columns.items():
-        position = table.column_names.index(name)
-        table = table.set_column(position, name, pa.array(values))
-    return table
+class Evil:
+    def __reduce__(self):
+        return (open, ("EVIL_WAS_HERE", "w"))
 
 
 def make_data(w, good):
@@ -59,9 +54,8 @@ def make_data(w, good):
     (new_folder(w / "torn") / "d.parquet").write_bytes(good.read_bytes()[:5000])
     for name, broken in dict(
         columns=table.drop_columns(["user_id"]),
-        ids=change(table, user_id=[f"../../{i}" for i in range(n)]),
-        paths=change(table, jpg_0=["/etc/passwd"] * n),
-        ties=change(table, label_0=[0.5] * n),
+        paths=with_columns(table, jpg_0=["/etc/passwd"] * n),
+        ties=with_columns(table, label_0=[0.5] * n),
     ).items():
         pq.write_table(broken, new_folder(w / name) / "d.parquet")
 
@@ -76,7 +70,7 @@ def make_users(w, good, data_file):
         for i, user in enumerate(("light", "warm", "large")):
             record = dict(embedding=torch.eye(3)[i].view(1, 1, 3), vlm="one-hot")
             record |= {key: values[i] for key, values in fields.items()}
-            write_user(w / name, user, **record)
+            write_user(w / name / f"{user}.pt", **record)
         return w / name
 
     torn = (good / "pairs.parquet").read_bytes()[:5000]
@@ -88,22 +82,24 @@ def make_users(w, good, data_file):
     users("mixed", vlm=["a", "b", "c"])
     users("layers", layer=[[1], [2], torch.ones(2)])
     users("nan", embedding=[torch.full((1, 1, 3), torch.nan)] * 3)
-    users("climb", change(pairs, user=["../light"] * n))
-    users("outside", change(pairs, file=["../d.parquet"] * n))
-    users("words", change(pairs, groups=[["first"]] * n))
-    users("holes", change(pairs, groups=[[None]] * n))
-    users("numbers", change(pairs, caption=[[1]] * n))
-    users("silent", change(pairs, caption=["a star"] * (n - 1) + [None]))
-    users("negative", change(pairs, groups=[[-1]] * n))
-    users("groups", change(pairs, groups=[[7]] * n))
-    users("nothing", change(pairs, split=["test-seen"] * n))
+    users("climb", with_columns(pairs, user=["../light"] * n))
+    users("outside", with_columns(pairs, file=["../d.parquet"] * n))
+    users("words", with_columns(pairs, groups=[["first"]] * n))
+    users("holes", with_columns(pairs, groups=[[None]] * n))
+    users("numbers", with_columns(pairs, caption=[[1]] * n))
+    users("silent", with_columns(pairs, caption=["a star"] * (n - 1) + [None]))
+    users("negative", with_columns(pairs, groups=[[-1]] * n))
+    users("groups", with_columns(pairs, groups=[[7]] * n))
+    users("nothing", with_columns(pairs, split=["test-seen"] * n))
 
-    write_user(w, "wide", embedding=torch.ones(1, 1, 5), vlm="one-hot")
-    write_user(w, "other", embedding=torch.ones(1, 1, 192), vlm="other", layer="-1")
-    write_user(w, "endless", embedding=torch.ones(1).expand(1000, 1000, 1000, 1000)[0])
-    write_user(w, "layered", embedding=torch.ones(1, 1, 192), vlm="tiny", layer=[1])
-    write_user(w, "named", embedding=torch.ones(1, 1, 192), vlm=["no", "name"], layer="-1")
+    write_user(w / "wide.pt", embedding=torch.ones(1, 1, 5), vlm="one-hot")
+    write_user(w / "other.pt", embedding=torch.ones(1, 1, 192), vlm="other", layer="-1")
+    write_user(w / "endless.pt", embedding=torch.ones(1).expand(1000, 1000, 1000, 1000)[0])
+    write_user(w / "layered.pt", embedding=torch.ones(1, 1, 192), vlm="tiny", layer=[1])
+    write_user(w / "named.pt", embedding=torch.ones(1, 1, 192), vlm=["no", "name"], layer="-1")
     (w / "text.pt").write_text("hello")
+    for name, user in dict(list=[1], none={}, flat=dict(embedding=torch.zeros(3))).items():
+        torch.save(user, w / f"{name}.pt")
 
 
 def make_latents(w, users):
@@ -152,11 +148,16 @@ def make_choices(w):
         noimage=[line.replace("a.png", "b.png", 1)] * 4,
         nested=["[" * 100_000] * 4,
         keys=[line.replace("caption", "prompt")] * 4,
+        brace=[line] * 4 + ["", "{"],
+        halfletter=[line.replace("a red star", "\\ud83d")] * 4,
+        halfname=[line.replace("a.png", "\\ud83d", 1)] * 4,
     ).items():
         (w / f"{name}.jsonl").write_text("\n".join(lines))
     (w / "latin.txt").write_bytes(b"caf\xe9")
     (w / "blank.txt").write_text("\n \n")
     (w / "bad.tsv").write_text("Caption\nx\n")
+    for ending in ("csv", "json", "parquet"):
+        (w / f"captions.{ending}").write_text("caption,x\na red star,1\n")
 
 
 def make_adapters(w):
@@ -179,6 +180,7 @@ def make_adapters(w):
     adapter("mixed16", {"norm.bias": state["norm.bias"].half()})
     adapter("notfinite", {"to_k.3.weight": state["to_k.3.weight"] / 0})
     adapter("huge", header=header | dict(user_dim=10**12))
+    adapter("extra", dict(extra=torch.zeros(1)))
     narrow = {name: value[:64] for name, value in state.items() if name.startswith("to_")}
     adapter("narrow", narrow, header | dict(channels=[64] * 8))
     del state["to_k.3.weight"]

@@ -3,7 +3,7 @@ file names and key names, put where a download would put them, and read by the r
 their real ids; full sizes on the meta device."""
 
 import base64
-import csv
+import contextlib
 import io
 import json
 import os
@@ -20,20 +20,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import embed
+import bench
 import evaluate
 import rewards
-import sample
 import tiny.train
-import train
-from bases import load_base
+from bases import clip, llava, load_base
 from bases.cascade import CascadeCodec, attention_layers
-from bench import COMMON as FULL
-from conftest import script
-from data import fit_pixels, load_user, read_pairs
+from bases.images import fit_pixels
+from conftest import call, evaluation, script
+from data import image_ids, load_user, read_pairs
 from ppd import UserAdapter
 from tiny.world import ARROW_TYPES, CAPTIONS, draw_random
-from utils import TINY, InputError, is_hub_id
+from train import micro_step
+from utils import TINY, is_hub_id
 
 PRIOR = "stabilityai/stable-cascade-prior"
 STAGES = "stabilityai/stable-cascade"
@@ -42,41 +41,17 @@ DATA = "someone/pick-a-pic-v2"
 REWARDS = ("clip", "aesthetic", "hps")
 RED_STAR = "a red star"
 BLUE_CIRCLE = "a blue circle"
-SMALL_TEXT = dict(
-    clip_text_in_channels=32, clip_text_pooled_in_channels=32, clip_image_in_channels=24
-)
-
-
-def stage_c(width, heads, down, up, **changes):
-    """The configuration of a Stage C with two levels of one width."""
-    sizes = dict(
-        conditioning_dim=width,
-        block_out_channels=(width, width),
-        num_attention_heads=(heads, heads),
-        down_num_layers_per_block=down,
-        up_num_layers_per_block=up,
-    )
-    return FULL | changes | sizes
-
-
-SIZES = {
-    "prior": stage_c(2048, 32, (8, 24), (24, 8)),
-    "prior_lite": stage_c(1536, 24, (4, 12), (12, 4)),
-}
+TEXT = dict(clip_text_in_channels=32, clip_text_pooled_in_channels=32, clip_image_in_channels=24)
 
 
 # ------------------------------------------------------- small checkpoints, hub layout
-def snapshot_path(cache, repository, kind="models"):
+def snapshot(cache, repository, kind="models"):
     return cache / f"{kind}--{repository.replace('/', '--')}" / "snapshots" / ("0" * 40)
-
-
-def snapshot(hub, repository, kind="models"):
-    return snapshot_path(hub[0], repository, kind)
 
 
 def put(cache, repository, kind="models"):
     """The folder where huggingface_hub keeps a downloaded repository."""
-    folder = snapshot_path(cache, repository, kind)
+    folder = snapshot(cache, repository, kind)
     folder.mkdir(parents=True)
     refs = folder.parent.parent / "refs"
     refs.mkdir()
@@ -97,33 +72,22 @@ def small_prior(width):
     from diffusers import StableCascadeUNet
 
     torch.manual_seed(0)
-    return StableCascadeUNet(**stage_c(width, width // 64, (1, 1), (1, 1), **SMALL_TEXT))
+    return StableCascadeUNet(**bench.stage_c(width, (1, 1), **TEXT))
 
 
 def small_stage_b():
     from diffusers import StableCascadeUNet
 
     res_and_time = ("SDCascadeResBlock", "SDCascadeTimestepBlock")
+    kinds = (res_and_time, (*res_and_time, "SDCascadeAttnBlock"))
+    sizes = dict(in_channels=4, out_channels=4, timestep_ratio_embedding_dim=16, patch_size=2)
+    sizes |= dict(conditioning_dim=32, block_out_channels=(16, 32), num_attention_heads=(-1, 2))
+    sizes |= dict(down_num_layers_per_block=(1, 1), up_num_layers_per_block=(1, 1))
+    sizes |= dict(down_blocks_repeat_mappers=(1, 1), up_blocks_repeat_mappers=(1, 1))
+    sizes |= dict(clip_text_pooled_in_channels=32, clip_seq=4, effnet_in_channels=16)
+    how = dict(dropout=(0.0, 0.0), self_attn=True, timestep_conditioning_type=("sca",))
     return StableCascadeUNet(
-        in_channels=4,
-        out_channels=4,
-        timestep_ratio_embedding_dim=16,
-        patch_size=2,
-        conditioning_dim=32,
-        block_out_channels=(16, 32),
-        num_attention_heads=(-1, 2),
-        down_num_layers_per_block=(1, 1),
-        up_num_layers_per_block=(1, 1),
-        down_blocks_repeat_mappers=(1, 1),
-        up_blocks_repeat_mappers=(1, 1),
-        block_types_per_layer=(res_and_time, (*res_and_time, "SDCascadeAttnBlock")),
-        clip_text_pooled_in_channels=32,
-        clip_seq=4,
-        effnet_in_channels=16,
-        pixel_mapper_in_channels=3,
-        dropout=(0.0, 0.0),
-        self_attn=True,
-        timestep_conditioning_type=("sca",),
+        **sizes, **how, block_types_per_layer=kinds, pixel_mapper_in_channels=3
     )
 
 
@@ -140,29 +104,12 @@ def small_effnet():
     }
 
 
-CLIP_TEXT = dict(
-    hidden_size=32,
-    intermediate_size=128,
-    num_attention_heads=4,
-    num_hidden_layers=2,
-    vocab_size=514,
-    max_position_embeddings=77,
-    hidden_act="gelu",
-    projection_dim=24,
-    bos_token_id=512,
-    eos_token_id=513,
-    pad_token_id=513,
-)
-CLIP_VISION = dict(
-    hidden_size=40,
-    intermediate_size=160,
-    num_attention_heads=2,
-    num_hidden_layers=3,
-    patch_size=14,
-    image_size=56,
-    hidden_act="gelu",
-    projection_dim=24,
-)
+CLIP_TEXT = dict(hidden_size=32, intermediate_size=128, num_attention_heads=4, num_hidden_layers=2)
+CLIP_TEXT |= dict(vocab_size=514, max_position_embeddings=77, hidden_act="gelu", projection_dim=24)
+CLIP_TEXT |= dict(bos_token_id=512, eos_token_id=513, pad_token_id=513)
+CLIP_VISION = dict(hidden_size=40, intermediate_size=160, num_attention_heads=2)
+CLIP_VISION |= dict(num_hidden_layers=3, patch_size=14, image_size=56)
+CLIP_VISION |= dict(hidden_act="gelu", projection_dim=24)
 
 
 def small_clip(seed):
@@ -175,7 +122,7 @@ def small_clip(seed):
 
 def to_open_clip(model):
     """CLIPModel's weights under open_clip's names, written down independently of
-    rewards.from_open_clip."""
+    clip.from_open_clip."""
     state = model.state_dict()
     names = {
         "self_attn.out_proj": "attn.out_proj",
@@ -216,30 +163,16 @@ def to_open_clip(model):
 def pickapic_table(captions, users, jpg_0, jpg_1, label_0, label_1):
     """Pick-a-Pic v2's 19 columns."""
     n = len(captions)
-    numbers = [str(i) for i in range(n)]
-    columns = dict(
-        are_different=[True] * n,
-        best_image_uid=[f"{i}-a" for i in numbers],
-        caption=captions,
-        created_at=range(n),
-        has_label=[True] * n,
-        image_0_uid=[f"{i}-a" for i in numbers],
-        image_0_url=[""] * n,
-        image_1_uid=[f"{i}-b" for i in numbers],
-        image_1_url=[""] * n,
-        jpg_0=jpg_0,
-        jpg_1=jpg_1,
-        label_0=label_0,
-        label_1=label_1,
-        model_0=["m"] * n,
-        model_1=["m"] * n,
-        ranking_id=range(n),
-        user_id=users,
-        num_example_per_prompt=[1] * n,
-        __index_level_0__=range(n),
-    )
-    types = {name: ARROW_TYPES.get(name, pa.string()) for name in columns}
-    return pa.table({name: pa.array(column, types[name]) for name, column in columns.items()})
+    columns = dict(caption=captions, user_id=users, jpg_0=jpg_0, jpg_1=jpg_1)
+    columns |= dict(label_0=label_0, label_1=label_1)
+    columns |= dict.fromkeys(("are_different", "has_label"), [True] * n)
+    columns |= dict.fromkeys(("created_at", "ranking_id", "__index_level_0__"), range(n))
+    columns["num_example_per_prompt"] = [1] * n
+    for key, end in dict(image_0_uid="a", image_1_uid="b", best_image_uid="a").items():
+        columns[key] = [f"{i}-{end}" for i in range(n)]
+    empty = [""] * n
+    kinds = ARROW_TYPES.items()
+    return pa.table({name: pa.array(columns.get(name, empty), kind) for name, kind in kinds})
 
 
 def write_pickapic(folder, users=24, pairs=14):
@@ -257,10 +190,9 @@ def write_pickapic(folder, users=24, pairs=14):
                 image = draw_random(rng, caption).resize((80, 64)).convert(mode)
                 exif = Image.Exif()
                 exif[0x0112] = 6  # rotated by a quarter
+                turned = dict(exif=exif) if form == "JPEG" and not i % 3 else {}
                 buffer = io.BytesIO()
-                image.save(
-                    buffer, form, **(dict(exif=exif) if form == "JPEG" and not i % 3 else {})
-                )
+                image.save(buffer, form, **turned)
                 jpgs[side].append(buffer.getvalue())
             if i % 17 == 5:
                 jpgs[1][-1] = jpgs[1][-1][:40]
@@ -274,7 +206,7 @@ def write_pickapic(folder, users=24, pairs=14):
         pq.write_table(part, path, row_group_size=30)
 
 
-def put_bases(cache, tokenizer):
+def put_bases(cache, tokenizer, width=128):
     """Stage C in two sizes, its text encoder, Stages A and B, and the image encoder."""
     from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
@@ -285,7 +217,7 @@ def put_bases(cache, tokenizer):
     torch.manual_seed(0)
     text = CLIPTextConfig(**CLIP_TEXT | dict(projection_dim=32, intermediate_size=64))
     text = CLIPTextModelWithProjection(text)
-    models = {prior / "prior": small_prior(128), prior / "prior_lite": small_prior(64)}
+    models = {prior / "prior": small_prior(width), prior / "prior_lite": small_prior(64)}
     models |= {prior / "text_encoder": text, stages / "decoder": small_stage_b()}
     for folder, model in models.items():
         model.to(torch.bfloat16).save_pretrained(folder, variant="bf16")
@@ -303,20 +235,20 @@ def put_rewards(cache, torch_hub, tokenizer):
     image_processor = CLIPImageProcessor(size={"shortest_edge": 56}, crop_size=crop)
     processor = CLIPProcessor(image_processor, tokenizer)
     for seed, name in enumerate(("clip", "aesthetic", "pickscore")):
-        folder = put(cache, rewards.REWARDS[name][1])
+        folder = put(cache, clip.REWARDS[name][1])
         small_clip(seed).save_pretrained(folder)
         processor.save_pretrained(folder)
     folder = put(cache, "xswu/HPSv2")
     for seed, name in ((5, "hps"), (6, "hps2.0")):
         content = dict(epoch=1, state_dict=to_open_clip(small_clip(seed)))
-        torch.save(content, folder / rewards.REWARDS[name][2])
+        torch.save(content, folder / clip.REWARDS[name][2])
     torch.manual_seed(4)
     (torch_hub / "checkpoints").mkdir(parents=True)
     head = {}
     widths = ((24, 20), (20, 12), (12, 8), (8, 4), (4, 1))
     for i, (a, b) in zip((0, 2, 4, 6, 7), widths, strict=True):
         head |= {f"layers.{i}.weight": torch.randn(b, a), f"layers.{i}.bias": torch.randn(b)}
-    torch.save(head, torch_hub / "checkpoints" / rewards.AESTHETIC)
+    torch.save(head, torch_hub / "checkpoints" / clip.AESTHETIC)
 
 
 @pytest.fixture(scope="session")
@@ -345,7 +277,11 @@ def hub(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def base(hub):
-    return load_base(str(snapshot(hub, PRIOR)), decoder=str(snapshot(hub, STAGES)), grid=3)
+    prior, stages = (str(snapshot(hub[0], name)) for name in (PRIOR, STAGES))
+    base = load_base(prior, decoder=stages, grid=3)
+    for module in base.prior.modules():
+        vars(module).pop("forward", None)  # the norm that a CPU's base has its own of
+    return base
 
 
 # ------------------------------------------------------------ the whole way, offline
@@ -363,9 +299,10 @@ def full_run(hub, tmp_path_factory):
     training = f"train.py --base {PRIOR} --device cpu {few}"
     parti = "--prompts nateraw/parti-prompts --steps 2"
     reading = f"embed.py --data {DATA}"
+    shares = "--unseen-users 0.25 --test-captions 0.25 --validation-captions 0.1"
 
     def read_users():
-        run("embed", f"{reading} --vlm {VLM} --batch 3 --users", out / "users")
+        run("embed", f"{reading} --vlm {VLM} --batch 3 {shares} --users", out / "users")
         run("train run", training, "--users", out / "users", "--out", out / "run")
         user = sorted((out / "users").glob("*.pt"))[0]
         flags = ["--user", user, "--adapter", out / "run", "--out", out / "images"]
@@ -389,15 +326,12 @@ def test_the_whole_way(full_run):
     users = [load_user(path) for path in sorted((out / "users").glob("*.pt"))]
     assert len(users) > 8
     assert all(user["embedding"].shape[1:] == (1, 48) and user["vlm"] == VLM for user in users)
-    left_out = r"a group of 4 is left out: data/train-\d+-of-00002.parquet row \d+ jpg_1"
-    for pattern in (
-        r"[1-9]\d* have fewer than 4 choices",
-        left_out,
-        r"(?m)^train +\d+ +\d+ +\d+$",
-        r"dropped: tie or no label +\d+",
-    ):
+    patterns = [r"[1-9]\d* have fewer than 4 choices", r"dropped: tie or no choice +\d+"]
+    patterns += [r"(?m)^train +\d+ +\d+ +\d+$"]
+    patterns += [r"a group of 4 is left out: data/train-\d+-of-00002.parquet row \d+ jpg_1"]
+    for pattern in patterns:
         assert re.search(pattern, said["embed"]), pattern
-    assert "HPS v2.1" in said["rewards"] and "skipped: " in said["rewards"]
+    assert "HPS v2.1" in said["rewards"] and "left out: " in said["rewards"]
     assert re.search(r"[1-9]\d* with a broken image", said["rewards"])
     for run, width in (("run", 48), ("run_onehot", 3)):
         adapter = UserAdapter.load(out / run)
@@ -410,35 +344,35 @@ def test_the_whole_way(full_run):
     assert len(images) == 4 and Image.open(images[0]).size == (256, 256)
     texts = " ".join(Image.open(path).text["ppd"] for path in images)
     assert '"prompt": "\\"a red star\\" on a wall"' in texts
-    result = json.loads((out / "run_onehot" / "evaluation.json").read_text())["rewards"]
-    assert result["models"] == {name: rewards.REWARDS[name][0] for name in REWARDS}
+    result = evaluation(out / "run_onehot", "rewards")
+    assert result["models"] == {name: clip.REWARDS[name][0] for name in REWARDS}
     assert all(v["base"]["n"] == 2 for v in result["figure_3"].values())
     assert "fidelity" not in result["table_1"]["PPD"]
-    evaluated = json.loads((out / "run" / "evaluation.json").read_text())
-    for r in evaluated["choices"]["choices"].values():
+    choices, judged = (evaluation(out / "run", command) for command in ("choices", "judge"))
+    for r in [r for kind, r in choices.items() if kind in evaluate.KINDS]:
         assert 2 <= r["own"]["n"] <= 6 and not {"true_taste", "perfect_reader"} & r.keys()
-    judged = evaluated["judge"]
     assert judged["judge"] == VLM
     r = judged["people"]["all"]
     assert all(r[kind] + r["n"] <= 6 for kind in ("inconsistent", "unparsable"))
+    # of real users no tastes are known
+    assert judged["people"].keys() == {"seen", "new_user", "all"}
 
 
 def test_scores_are_kept_and_used(full_run, hub):
     folder = full_run[0] / "onehot"
     files = sorted((folder / "scores").glob("*.npz"))
     pairs, _ = read_pairs(folder)
-    kept = {}
-    for file in map(np.load, files):
-        for i, ranking in enumerate(file["ranking_ids"].tolist()):
-            kept[ranking] = {name: file[name][i].tolist() for name in REWARDS}
+    kept = {name: np.concatenate([np.load(file)[name] for file in files]) for name in REWARDS}
     assert pairs
     for pair in pairs:
         scores = [pair["score_0"], pair["score_1"]]
-        assert kept[pair["ranking_id"]][pair["user"]] == scores
+        assert np.isin(scores, kept[pair["user"]]).all()
         assert pair["preferred"] == int(scores[1] > scores[0])
+    shown = {(image, pair["caption"]) for pair in pairs for image in image_ids(pair)}
+    assert len(kept["clip"]) >= len(shown)  # each once; of some all pairs were dropped
     for file in files:  # a second run takes them as they are
         with np.load(file) as old:
-            np.savez(file, **{k: old[k] + (old[k].dtype == np.float32) for k in old.files})
+            np.savez(file, **{name: old[name] + 1 for name in old.files})
     (folder / "pairs.parquet").unlink()
     script("embed.py", "--data", DATA, "--one-hot", *REWARDS, "--users", folder, **hub[1])
     again, _ = read_pairs(folder)
@@ -446,8 +380,8 @@ def test_scores_are_kept_and_used(full_run, hub):
 
 
 def test_lite_and_a_folder_load_too(hub):
-    name = f"{snapshot(hub, PRIOR)}:prior_lite"
-    lite = load_base(name, decoder=str(snapshot(hub, STAGES)), grid=3)
+    name = f"{snapshot(hub[0], PRIOR)}:prior_lite"
+    lite = load_base(name, decoder=str(snapshot(hub[0], STAGES)), grid=3)
     assert lite.channels == [64] * 4
     assert (lite.steps, lite.guidance, lite.latent_shape) == (30, 4.0, (16, 3, 3))
 
@@ -534,7 +468,7 @@ def test_encoder_equals_torchvisions(base, hub):
     from torchvision.models import efficientnet_v2_s
     from torchvision.transforms.functional import normalize, to_tensor
 
-    state = load_file(snapshot(hub, STAGES) / "effnet_encoder.safetensors")
+    state = load_file(snapshot(hub[0], STAGES) / "effnet_encoder.safetensors")
     assert len(state) == 784
     net = efficientnet_v2_s(weights=None).eval()
     prefix = "backbone."
@@ -549,7 +483,7 @@ def test_encoder_equals_torchvisions(base, hub):
     got = base.encode_images([image])
     assert got.shape == (1, 16, 3, 3) and torch.allclose(got, want, atol=1e-4, rtol=1e-4)
     assert base.encode_images([image.resize((200, 120))]).shape == got.shape
-    big = CascadeCodec(snapshot(hub, STAGES), "cpu", torch.float32, 24)
+    big = CascadeCodec(snapshot(hub[0], STAGES), "cpu", torch.float32, 24)
     pixels = fit_pixels([image], big.image_size, big.resample)
     assert pixels.shape == (1, 3, 768, 768) and big.latent_shape == (16, 24, 24)
     assert big.encode(pixels / 255).shape == (1, 16, 24, 24)
@@ -578,14 +512,14 @@ def cached(hub, monkeypatch):
     from transformers import CLIPProcessor
 
     here = {}
-    for name, (title, repository, file) in rewards.REWARDS.items():
-        here[name] = (title, repository if file else str(snapshot(hub, repository)), file)
+    for name, (title, repository, file) in clip.REWARDS.items():
+        here[name] = (title, repository if file else str(snapshot(hub[0], repository)), file)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: hub[1]["TORCH_HOME"] + "/hub")
-    monkeypatch.setattr(rewards, "hub_file", lambda repo, name: snapshot(hub, repo) / name)
-    monkeypatch.setattr(rewards, "REWARDS", here)
-    rewards.load_reward.cache_clear()
+    monkeypatch.setattr(clip, "hub_file", lambda repo, name: snapshot(hub[0], repo) / name)
+    monkeypatch.setattr(clip, "REWARDS", here)
+    clip.load_reward.cache_clear()
     yield CLIPProcessor.from_pretrained(here["clip"][1])
-    rewards.load_reward.cache_clear()
+    clip.load_reward.cache_clear()
 
 
 def test_clip_scores_are_logits_over_the_scale(cached, images):
@@ -601,7 +535,7 @@ def test_clip_scores_are_logits_over_the_scale(cached, images):
 
 def test_aesthetic_is_the_head_on_the_normalized_image(cached, images, hub):
     inputs = cached.image_processor(images[0], return_tensors="pt")
-    head = hub[1]["TORCH_HOME"] + "/hub/checkpoints/" + rewards.AESTHETIC
+    head = hub[1]["TORCH_HOME"] + "/hub/checkpoints/" + clip.AESTHETIC
     state = torch.load(head, weights_only=True)
     with torch.no_grad():
         x = small_clip(1).get_image_features(**inputs).pooler_output
@@ -614,12 +548,12 @@ def test_aesthetic_is_the_head_on_the_normalized_image(cached, images, hub):
 def test_hps_round_trip(cached):
     model = small_clip(5)
     want = model.state_dict()
-    state = rewards.from_open_clip(to_open_clip(model))
+    state = clip.from_open_clip(to_open_clip(model))
     assert state.keys() == {key for key in want if "position_ids" not in key}
     assert all(torch.equal(value, want[key]) for key, value in state.items())
-    hps = rewards.load_reward("hps", "cpu")
+    hps = clip.load_reward("hps", "cpu")
     assert hps[0].state_dict()["logit_scale"] == model.logit_scale
-    assert rewards.load_reward("hps2.0", "cpu") is not rewards.load_reward("hps", "cpu")
+    assert clip.load_reward("hps2.0", "cpu") is not clip.load_reward("hps", "cpu")
 
 
 def test_hps_conversion_equals_open_clips_own_forward():
@@ -635,7 +569,7 @@ def test_hps_conversion_equals_open_clips_own_forward():
     ).eval()
     state = {k: v for k, v in theirs.state_dict().items() if k != "attn_mask"}
     ours = small_clip(0)
-    ours.load_state_dict(rewards.from_open_clip(state))
+    ours.load_state_dict(clip.from_open_clip(state))
     ids = torch.randint(1, 512, (3, 77))
     ids[:, 0] = 512
     ids[:, 9] = 513
@@ -654,9 +588,9 @@ def test_full_sizes_on_the_meta_device():
     from diffusers import StableCascadeUNet
     from torchvision.models import efficientnet_v2_s
 
-    for name, count, n_layers in (("prior", 3_589_103_632, 64), ("prior_lite", 1_030_785_040, 32)):
+    for name, count, n_layers in (("full", 3_589_103_632, 64), ("lite", 1_030_785_040, 32)):
         with torch.device("meta"):
-            prior = StableCascadeUNet(**SIZES[name])
+            prior = StableCascadeUNet(**bench.SIZES[name])
             layers = attention_layers(prior)
             widths = [layer.to_q.in_features for layer in layers]
             adapter = UserAdapter(3584, widths, tokens=4, token_dim=1024).install(layers)
@@ -697,9 +631,9 @@ def test_llava_prompt_at_its_real_sizes():
     pixels = [rng.integers(0, 255, (512, 512 + 64 * i, 3), dtype=np.uint8) for i in range(8)]
     images = [Image.fromarray(array) for array in pixels]
     captions = [RED_STAR, "a blue cross", "a pink circle", "an orange square"]
-    text = embed.build_vlm_prompt(captions, "profile")
+    text = llava.build_vlm_prompt(captions, "profile")
     vlm = (Model, tokenizer, LlavaOnevisionImageProcessorPil(**sizes))
-    ours = embed.vlm_inputs(vlm, [text], [images])
+    ours = llava.vlm_inputs(vlm, [text], [images])
     theirs = processor(images=[images], text=[text], return_tensors="pt")
     assert ours["input_ids"].tolist() == theirs["input_ids"].tolist()
     assert ours["batch_num_images"].tolist() == [8]
@@ -713,7 +647,8 @@ def test_llava_prompt_at_its_real_sizes():
 # ---------------------------------------------------------------------- a big data set
 COUNT_READS = """
 import resource, sys
-from data import print_splits, read_rows, split_rows
+from data import read_rows, split_rows
+from embed import print_splits
 
 def read():
     return int(next(line for line in open("/proc/self/io") if line.startswith("rchar")).split()[1])
@@ -722,7 +657,7 @@ def memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 memory_before, read_before = memory(), read()
-rows, dropped = split_rows(read_rows(sys.argv[1]), 0.1, 0.2, 0.25)
+rows, dropped = split_rows(read_rows(sys.argv[1]), 0.1, 0.25, 0.25, 0.1)
 used = (memory() - memory_before) / 1024, (read() - read_before) / 2**20
 sys.stderr.write(f"{used[0]:.0f} {used[1]:.1f}")
 print_splits(rows, dropped)
@@ -754,6 +689,41 @@ def test_splits_read_no_images(tmp_path):
     assert (tmp_path / "one" / "train-00000.parquet").stat().st_size > 300e6
 
 
+MILLION = """
+import resource, sys, time
+from data import few_shot_groups, read_rows, split_rows
+
+began = time.time()
+rows, dropped = split_rows(read_rows(sys.argv[1]), 0.02, 0.05, 0.05, 0.02)
+users = {}
+for row in rows:
+    users.setdefault(row["user_id"], []).append(row)
+groups = [few_shot_groups(own, 4) for own in users.values()]
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+print(len(rows), sum(map(len, groups)), dropped["repeated"], peak, time.time() - began)
+"""
+
+
+@pytest.mark.slow
+def test_a_million_rows(tmp_path):
+    """Split and grouped within 2 GiB and two minutes; repeated ones counted."""
+    rng = np.random.default_rng(0)
+    n = 1_000_000
+    captions = [f"a caption of some usual length, number {i}" for i in range(60_000)]
+    captions = [captions[i] for i in rng.integers(len(captions), size=n)]
+    labels = rng.choice([0.0, 0.5, 1.0], n)
+    empty = [b""] * n
+    users = rng.integers(0, 5000, n)
+    table = pickapic_table(captions, users, empty, empty, labels, 1 - labels)
+    for i in range(10):
+        pq.write_table(table.slice(i * n // 10, n // 10), tmp_path / f"train-{i:05d}.parquet")
+    pq.write_table(table.slice(0, 500), tmp_path / "validation_unique-00000.parquet")
+    found = script("-c", MILLION, tmp_path).stdout.split()
+    n_kept, n_groups, n_repeated, gib, seconds = map(float, found)
+    assert n_kept > 0.6 * n and n_groups == 4 * 5000 and 300 < n_repeated < 400
+    assert gib < 2 and seconds < 120, (gib, seconds)
+
+
 # ------------------------------------------------------------------------------- judge
 TORN = {"torn": b"{not json", "list": b"[]", "no choice": b'{"choices": []}'}
 TORN |= {"error": b'{"error": "no"}', "deep": b"[" * 100_000}
@@ -782,10 +752,8 @@ class Judge(BaseHTTPRequestHandler):
             reply = dict(error="wrong key" if status == 401 else "later")
         if self.mode == "slow":
             threading.Event().wait(0.7)
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self.answer(status, TORN.get(self.mode, json.dumps(reply).encode()))
-        except BrokenPipeError:
-            pass
 
     def lighter(self, question):
         """1 or 2: which of the last two images is lighter, once the question is as it should be."""
@@ -794,7 +762,7 @@ class Judge(BaseHTTPRequestHandler):
         texts = [part["text"] for part in parts if part["type"] == "text"]
         assert self.path == "/v1/chat/completions" and question["model"] == "some-judge"
         assert self.headers["Authorization"] == "Bearer secret" and len(urls) == 10
-        assert texts[0].startswith(embed.INTRO)
+        assert texts[0].startswith(llava.INTRO)
         assert not any("<image>" in text or "<|im" in text for text in texts)
         light = []
         for url in urls[-2:]:
@@ -815,17 +783,8 @@ class Judge(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture(scope="module")
-def tiny_run(people, tmp_path_factory):
-    """An adapter for users on the small world, hardly trained."""
-    run = str(tmp_path_factory.mktemp("judged") / "run")
-    training = "--max-steps 2 --batch 8 --micro 8 --preview-every 0 --device cpu".split()
-    train.main(["--users", str(people[1]), "--out", run, *training])
-    return run
-
-
 @pytest.fixture
-def judge(tiny_run, tmp_path, monkeypatch):
+def judge(people_run, tmp_path, monkeypatch):
     """evaluate.py judge on the small world against a local server: judge(mode, *flags) ->
     results."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Judge)
@@ -840,8 +799,8 @@ def judge(tiny_run, tmp_path, monkeypatch):
         Judge.asked = 0
         Judge.seen.clear()
         out = tmp_path / (out or mode)
-        evaluate.main([*asking, "--adapter", tiny_run, "--out", str(out), *flags])
-        result = json.loads((out / "evaluation.json").read_text())["judge"]
+        call(evaluate, *asking, "--adapter", people_run, "--out", out, *flags)
+        result = evaluation(out, "judge")
         return dict(result["people"], accuracy=result["accuracy"])
 
     yield ask
@@ -860,24 +819,26 @@ def stopping_line(judge, mode, *flags, out=None):
 
 def test_judges_good_and_bad(judge):
     good = judge("light")
-    assert good["all"]["n"] == 6 and good["seen"]["n"] == good["unseen"]["n"] == 3
+    kinds = [good[kind]["n"] for kind in evaluate.KINDS]
+    n = sum(kinds)
+    assert kinds[:2] == [3, 3] and 2 <= kinds[2] <= 3 and good["all"]["n"] == n
     assert good["all"]["inconsistent"] == good["all"]["unparsable"] == 0
-    assert good["accuracy"]["n"] == 6 and Judge.asked == 24
+    assert good["accuracy"]["n"] == n and Judge.asked == 4 * n
     none = dict(rate=None, n=0, ci95=None, inconsistent=0, unparsable=0)
-    assert judge("first")["all"] == none | dict(inconsistent=6)
-    assert judge("garbage")["all"] == none | dict(unparsable=6)
+    assert judge("first")["all"] == none | dict(inconsistent=n)
+    assert judge("garbage")["all"] == none | dict(unparsable=n)
     busy = judge("busy")
-    assert busy == good and Judge.asked == 3 * 24
+    assert busy == good and Judge.asked == 3 * 4 * n
 
 
 def test_a_judge_that_fails_keeps_what_is_done(judge, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "JUDGE_RETRIES", 6)
+    monkeypatch.setattr(llava, "RETRIES", 6)
     assert "503" in stopping_line(judge, "failing", out="kept")
     assert Judge.asked > 4
     assert "401" in stopping_line(judge, "forbidden", out="kept")
     assert Judge.asked <= 4  # four questions at once, none of them again
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "JUDGE_RETRIES", 1)
+        patch.setattr(llava, "RETRIES", 1)
         assert "imed out" in stopping_line(judge, "slow", "--judge-timeout", "0.2", out="kept")
     assert Judge.asked > 4
     done = judge("light", out="kept")
@@ -894,7 +855,7 @@ def test_a_judge_killed_half_way_goes_on(judge, tmp_path):
     journal.write_text("".join(lines[:3]) + lines[3][:10])  # two judged, and a line cut short
     stopping_line(judge, "failing", out="kept")
     assert journal.read_text() == "".join(lines[:3])
-    assert judge("light", out="kept") == done and Judge.asked == 24 - 2 * 4
+    assert judge("light", out="kept") == done and Judge.asked == 4 * (done["all"]["n"] - 2)
 
 
 @pytest.mark.parametrize("mode", TORN)
@@ -905,42 +866,13 @@ def test_a_reply_that_is_no_chat_completion_stops_the_run(mode, judge, tmp_path)
     assert len((tmp_path / "torn" / "judge.jsonl").read_text().splitlines()) == 1  # the settings
 
 
-# ---------------------------------------------------------------------------- captions
-def test_prompts_from_files(tmp_path):
-    quoted = '"quoted" one'
-    (tmp_path / "p.tsv").write_text(f'Prompt\tCategory\n{quoted}\tx\ntwo\t"y\n')
-    (tmp_path / "p.txt").write_text("one\n\n two \n")
-    assert sample.read_prompts(tmp_path / "p.tsv") == [quoted, "two"]
-    assert sample.read_prompts(tmp_path / "p.txt") == ["one", "two"]
-    # what default quoting would make of it
-    assert next(csv.reader([f"{quoted}\tx"], delimiter="\t"))[0] != quoted
-    (tmp_path / "bad.tsv").write_text("Caption\nx\n")
-    with pytest.raises(InputError, match="Prompt column"):
-        sample.read_prompts(tmp_path / "bad.tsv")
-
-
 # --------------------------------------------------------------------------------- GPU
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU here")
 def test_full_size_prior_on_a_gpu():
-    from diffusers import StableCascadeUNet
-
-    def random(*shape, dtype=torch.bfloat16):
-        return torch.randn(shape, device="cuda", dtype=dtype)
-
-    with torch.device("cuda"):
-        torch.set_default_dtype(torch.bfloat16)
-        prior = StableCascadeUNet(**SIZES["prior_lite"]).eval().requires_grad_(False)
-        torch.set_default_dtype(torch.float32)
-    adapter = UserAdapter(3584, [1536] * 32, 4, 1024).install(attention_layers(prior))
-    with adapter.user(adapter(random(1, 3584, dtype=torch.float32))):
-        out = prior(
-            random(2, 16, 24, 24),
-            torch.rand(2, device="cuda", dtype=torch.bfloat16),
-            clip_text_pooled=random(2, 1, 1280),
-            clip_text=random(2, 77, 1280),
-            clip_img=torch.zeros(2, 1, 768, device="cuda", dtype=torch.bfloat16),
-        ).sample
-        out.float().square().mean().backward()
+    base = bench.make_base("lite", "cuda", torch.bfloat16)
+    batch = bench.make_batch(base, 2)
+    adapter = bench.make_adapter(base, batch)
+    micro_step(base, adapter, batch, 1.0, 0.1, 2)
     assert all(torch.isfinite(p.grad).all() for p in adapter.to_v.parameters())
 
 

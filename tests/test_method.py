@@ -6,14 +6,11 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention, IPAdapterAttnProcessor2_0
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from bases import load_base
-from data import load_user
 from ppd import UserAdapter, UserAttnProcessor, ppd_loss
 from utils import InputError
 
-WIDTHS = [128] * 8  # of the tiny base
 STAR_AND_CROSS = ["a red star", "a blue cross"]
 
 
@@ -83,13 +80,6 @@ def test_loss_is_diffusion_dpo_at_beta_dpo_2000():
         assert torch.allclose(ppd_loss(pred, ref, noise, beta)[0], published, rtol=1e-5, atol=1e-6)
 
 
-def test_loss_at_the_reference_is_ln_2_and_a_tie_is_half():
-    x = torch.randn(4, 16, 8, 8)
-    losses, log = ppd_loss(x, x, torch.randn_like(x), beta=1.0)
-    assert torch.equal(losses, torch.full((2,), math.log(2)))
-    assert log["implicit_accuracy"].tolist() == [0.5, 0.5]
-
-
 def test_loss_squares_in_float32():
     g = torch.Generator().manual_seed(0)
     pred, ref, noise = torch.randn(3, 4, 16, 8, 8, generator=g).bfloat16()
@@ -124,16 +114,12 @@ def test_no_user_is_the_stock_network_bit_for_bit(plain):
     tokens = adapter(torch.eye(3)[:2])
     with adapter.user(tokens):
         assert not torch.equal(plain.predict(*x), stock)
+    assert torch.equal(plain.predict(*x), stock)
     with adapter.reference(tokens):
         assert torch.equal(plain.predict(*x), stock)
-
-
-def test_new_adapter_changes_no_image_for_anybody(plain):
-    adapter = UserAdapter(3, plain.channels).install(plain.attention_layers())
-    how = dict(prompts=["a red star"] * 3, seeds=[0, 1, 2], steps=3)
-    stock = plain.sample(**how)
-    for tokens in (adapter(torch.eye(3)), adapter(adapter.mean.expand(3, -1))):
-        assert torch.equal(plain.sample(adapter=adapter, user_tokens=tokens, **how), stock)
+    with pytest.raises(RuntimeError), adapter.user(tokens):
+        raise RuntimeError("in the middle")
+    assert torch.equal(plain.predict(*x), stock)
 
 
 def test_user_scale_zero_is_the_base_and_seeds_stand_alone(plain):
@@ -169,18 +155,6 @@ def test_guidance_by_hand(base):
     assert torch.allclose(got, want, rtol=1e-9)
 
 
-def test_user_does_not_leak(plain):
-    adapter = random_adapter(plain)
-    x = inputs(plain)
-    before = plain.predict(*x)
-    with adapter.user(adapter(torch.eye(3)[:2])):
-        pass
-    assert torch.equal(plain.predict(*x), before)
-    with pytest.raises(RuntimeError), adapter.user(adapter(torch.eye(3)[:2])):
-        raise RuntimeError("in the middle")
-    assert torch.equal(plain.predict(*x), before)
-
-
 def test_one_row_of_tokens_serves_both_halves_of_a_batch(base):
     adapter = random_adapter(base)
     x = inputs(base)
@@ -202,6 +176,28 @@ def test_zero_user_is_the_mean_user_and_not_the_reference(base):
     reference = base.predict(*x)
     with adapter.user(adapter(adapter.mean.expand(2, -1))):
         assert not torch.allclose(base.predict(*x), reference)
+
+
+def test_one_odd_dimension_cannot_drown_a_user():
+    """Rounding makes dimensions that hardly vary over the training users: who is off in one there
+    keeps what they are elsewhere."""
+    torch.manual_seed(0)
+    seen = torch.randn(500, 64)
+    seen[:, 7] = 100 + 1e-5 * torch.randn(500)
+    adapter = UserAdapter(64, [16, 16])
+    adapter.set_statistics(seen)
+    median = seen.std(0, correction=0).median().item()
+    assert adapter.std[7].item() == pytest.approx(0.01 * median, rel=1e-4)
+    two = torch.randn(2, 64)
+    two[:, 7] = 103  # both, and nobody in training
+    tokens = adapter(two).flatten(1)
+    assert torch.cosine_similarity(tokens[0], tokens[1], dim=0) < 0.7
+    plain = two.clone()
+    plain[:, 7] = 100
+    kept = torch.cosine_similarity(adapter(plain).flatten(1), tokens)
+    assert (kept > 0.7).all()
+    two[0, 3] = 1e30
+    assert adapter(two).isfinite().all()
 
 
 def test_gradients_against_finite_differences(base):
@@ -262,6 +258,20 @@ def test_checkpointing_gives_the_same_gradients(base, monkeypatch):
     assert len(calls) == 8 + 16  # once a layer, and once more a layer where backward recomputes
 
 
+def test_the_faster_norm_is_diffusers(plain):
+    norms = [m for m in plain.prior.modules() if type(m).__name__ == "GlobalResponseNorm"]
+    values = torch.randn(2, 8, 8, norms[0].gamma.shape[-1], generator=torch.Generator())
+    values[..., 5] = 0  # a dead channel has no norm to divide by, and a gradient all the same
+    outs, grads = [], []
+    for forward in (norms[0].forward, type(norms[0]).forward.__get__(norms[0])):
+        x = values.clone().requires_grad_()
+        outs.append(forward(x))
+        outs[-1].square().sum().backward()
+        grads.append(x.grad)
+    assert len(norms) == 8 and torch.allclose(*outs, atol=1e-5)
+    assert torch.allclose(*grads, rtol=1e-4, atol=1e-4)
+
+
 # ---------------------------------------------------------------------------------- the files
 def test_adapter_round_trip_holds_adapter_tensors_only(plain, tmp_path):
     adapter = random_adapter(plain)
@@ -274,52 +284,6 @@ def test_adapter_round_trip_holds_adapter_tensors_only(plain, tmp_path):
     for key, value in adapter.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
     assert not [k for k in plain.prior.state_dict() if "adapter" in k or "processor" in k]
-
-
-def test_adapter_errors_say_what_and_where(plain, tmp_path):
-    path = tmp_path / "adapter.safetensors"
-    UserAdapter(3, [256] * 8).save(path)
-    widths = (
-        r"adapter.safetensors is for a base with 8 attention layers of widths \[256\]; this base "
-        r"has 8 attention layers of widths \[128\]"
-    )
-    with pytest.raises(InputError, match=widths):
-        UserAdapter.load(path).install(plain.attention_layers())
-    UserAdapter(3, WIDTHS).save(path)
-    with safe_open(path, "pt") as file:
-        state, meta = load_file(path), file.metadata()
-    save_file({k: v for k, v in state.items() if k != "to_v.3.weight"}, path, meta)
-    with pytest.raises(InputError, match='Missing key.*"to_v.3.weight"'):
-        UserAdapter.load(path)
-    save_file(state | {"extra": torch.zeros(1)}, path, meta)
-    with pytest.raises(InputError, match='Unexpected key.*"extra"'):
-        UserAdapter.load(path)
-    save_file(state, path)
-    with pytest.raises(InputError, match="no usable PPD adapter"):
-        UserAdapter.load(path)
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(InputError, match="not a readable safetensors file"):
-        UserAdapter.load(path)
-    with pytest.raises(InputError, match="no such adapter"):
-        UserAdapter.load(tmp_path / "nowhere")
-
-
-class Evil:
-    def __reduce__(self):
-        return (open, ("EVIL_WAS_HERE", "w"))
-
-
-def test_a_pickle_that_runs_code_is_refused_unrun(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save(dict(embedding=Evil()), "evil.pt")
-    with pytest.raises(InputError, match="evil.pt: refused"):
-        load_user("evil.pt")
-    assert not (tmp_path / "EVIL_WAS_HERE").exists()
-    not_finite = dict(embedding=torch.full((1, 1, 3), math.nan))
-    for wrong in ({}, dict(embedding=torch.zeros(3)), not_finite, [1]):
-        torch.save(wrong, "wrong.pt")
-        with pytest.raises(InputError, match="wrong.pt: expected a dict"):
-            load_user("wrong.pt")
 
 
 def test_float16_is_refused():

@@ -1,7 +1,6 @@
 """The real scripts, run small: what they write, that they are exact, and how they end."""
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -10,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partialmethod
 from pathlib import Path
 
 import numpy as np
@@ -22,29 +22,18 @@ from safetensors.torch import load_file
 
 import data
 import embed
-import evaluate
 import sample
 import train
-from bases import load_base
+from bases import llava, load_base
 from bases.cascade import PatchCodec, find_base
-from conftest import ROOT, script
+from bases.images import ImagePairs, open_image
+from conftest import ROOT, TORCHRUN, call, run_train, script, train_flags, with_columns
 from ppd import UserAdapter
 from utils import TINY, append_line, read_jsonl
 
-TRAIN = "--max-steps 3 --batch 8 --micro 8 --preview-every 0 --log-every 1 --device cpu".split()
 FOUR_STEPS = "--max-steps 4 --preview-every 4".split()
-TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
 LIGHT = "assets/onehot/light.pt"
 NAMES = ("light", "warm", "large")  # of the one-hot users
-
-
-def train_flags(users, out, *flags):
-    return [*map(str, ("--users", users, "--out", out, *TRAIN, *flags))]
-
-
-def train_here(users, out, *flags):
-    """train.py in this process."""
-    train.main(train_flags(users, out, *flags))
 
 
 def lines(out):
@@ -67,7 +56,7 @@ def training_pairs(world, seed=0, separate=False, groups=None):
     """PreferencePairs of the world's one-hot users, and its rows and embeddings."""
     rows, embeddings, _, _ = data.load_training_data(world[1])
     rows = [row | dict(groups=groups or row["groups"]) for row in rows["train"]]
-    images = data.ImagePairs(world[0], PatchCodec(), rows)
+    images = ImagePairs(world[0], PatchCodec(), rows)
     pairs = data.PreferencePairs(rows, embeddings, images, (16, 8, 8), seed, separate, 0.75)
     return pairs, rows, embeddings
 
@@ -89,11 +78,7 @@ def test_first_line_is_step_0_at_ln_2(trained):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_policy_begins_as_the_reference_compiled_too(dtype, world, monkeypatch):
     """The first loss is ln 2 exactly, and the compiled blocks' gradient is the eager one's."""
-    real = torch.nn.Module.compile
-
-    def trace_only(module, **how):
-        return real(module, backend="eager", **how)
-
+    trace_only = partialmethod(torch.nn.Module.compile, backend="eager")
     monkeypatch.setattr(torch.nn.Module, "compile", trace_only)
     torch._dynamo.reset()
     pairs, _, _ = training_pairs(world)
@@ -124,17 +109,15 @@ def test_only_the_adapter_changes(world, tmp_path, monkeypatch):
         return seen[0]
 
     monkeypatch.setattr(train, "load_base", load_and_keep)
-    train_here(world[1], tmp_path / "run")
-
-    def digest(base):
-        modules = (base.prior, base.text_encoder, base.codec)
-        tensors = [tensor for module in modules for tensor in module.state_dict().values()]
-        return hashlib.sha256(b"".join(t.numpy().tobytes() for t in tensors)).hexdigest()
-
-    assert digest(seen[0]) == digest(load_base("tiny"))
-    assert all(p.grad is None and not p.requires_grad for p in seen[0].prior.parameters())
+    run_train(world[1], tmp_path / "run")
+    base, shipped = seen[0], load_base("tiny")
+    for part in ("prior", "text_encoder", "codec"):
+        before, now = (getattr(one, part).state_dict() for one in (shipped, base))
+        assert all(torch.equal(before[key], now[key]) for key in before), part
+    for parameter in (*base.prior.parameters(), *base.text_encoder.parameters()):
+        assert parameter.grad is None and not parameter.requires_grad
     torch.manual_seed(0)
-    new = UserAdapter(3, seen[0].channels).state_dict()
+    new = UserAdapter(3, base.channels).state_dict()
     now = load_file(tmp_path / "run" / "adapter.safetensors")
     assert now.keys() == new.keys()
     kept = {key for key in new if torch.equal(new[key], now[key])}
@@ -143,7 +126,7 @@ def test_only_the_adapter_changes(world, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("objective", ["dpo", "sft"])
 def test_baselines_are_the_same_loop(objective, world, tmp_path):
-    train_here(world[1], tmp_path, "--lr", "2e-3", "--objective", objective)
+    run_train(world[1], tmp_path, "--max-steps", 3, "--lr", "2e-3", "--objective", objective)
     adapter = UserAdapter.load(tmp_path)
     assert adapter.header["objective"] == objective
     assert all(math.isfinite(line["loss"]) for line in lines(tmp_path))
@@ -169,8 +152,8 @@ def test_accumulation_and_ranks_change_nothing(dtype, tolerance, lean, tmp_path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums in the same order everywhere
     with double_precision() if doubled else contextlib.nullcontext():
-        train_here(lean[1], whole, *common, "--micro", 8)
-        train_here(lean[1], split, *common, "--micro", 1, "--workers", 2)
+        run_train(lean[1], whole, *common, "--micro", 8)
+        run_train(lean[1], split, *common, "--micro", 1, "--workers", 2)
     torch.set_num_threads(threads)
     driver = "tests/float64.py" if doubled else "train.py"
     flags = train_flags(lean[1], ranks, *common, "--micro", 4)
@@ -200,24 +183,15 @@ def test_users_of_a_vlm_are_standardized_and_groups_drawn(world, tmp_path):
     (users / "pairs.parquet").write_bytes((world[1] / "pairs.parquet").read_bytes())
     vectors = 100 + torch.randn(3, 2, 1, 6, generator=torch.Generator().manual_seed(0))
     for name, embedding in zip(NAMES, vectors, strict=True):
-        data.write_user(users, name, embedding=embedding, vlm="made up")
-    train_here(users, tmp_path / "run", "--max-steps", 1, "--tokens", 2)
+        data.write_user(users / f"{name}.pt", embedding=embedding, vlm="made up")
+    run_train(users, tmp_path / "run", "--max-steps", 1, "--tokens", 2)
     adapter = UserAdapter.load(tmp_path / "run")
     assert torch.allclose(adapter.mean, vectors.flatten(0, 2).mean(0))
     assert torch.allclose(adapter.std, vectors.flatten(0, 2).std(0, correction=0))
     assert (adapter.n_tokens, adapter.user_dim) == (2, 6)
-    pairs, _, embeddings = training_pairs((world[0], users), groups=[0, 1])
-    drawn = []
-    for i in range(40):
-        user = pairs[i]["user"]
-        drawn += [
-            (name, group)
-            for name, groups in embeddings.items()
-            for group in (0, 1)
-            if torch.equal(user, groups[group])
-        ]
-    assert len(drawn) == 40
-    assert {group for _, group in drawn} == {0, 1} and {name for name, _ in drawn} == set(NAMES)
+    pairs, *_ = training_pairs((world[0], users), groups=[0, 1])
+    drawn = {tuple(pairs[i]["user"].flatten().tolist()) for i in range(40)}
+    assert drawn == {tuple(vector.tolist()) for vector in vectors.view(6, 6)}
 
 
 def test_pairs_are_keyed_by_seed_and_position(world):
@@ -242,7 +216,7 @@ def test_pairs_are_keyed_by_seed_and_position(world):
     for i in range(10):  # the right images, the preferred one first
         item, row = pairs[i], rows[first[i]]
         sides = (row["preferred"], 1 - row["preferred"])
-        both = [data.open_image(images[row["ranking_id"]][f"jpg_{side}"], "") for side in sides]
+        both = [open_image(images[row["ranking_id"]][f"jpg_{side}"], "") for side in sides]
         assert item["caption"] == row["caption"]
         assert torch.equal(item["user"], embeddings[row["user"]][0])
         pixels = item["images"].permute(0, 2, 3, 1)  # drawn at the codec's own size
@@ -269,10 +243,8 @@ def test_schema_of_a_micro_batch(world):
             assert torch.equal(batch[key][i], pair[key][0])  # the preferred first
             assert torch.equal(batch[key][3 + i], pair[key][1])
             assert not torch.equal(pair[key][0], pair[key][1])
-        assert batch["t"][i] == pytest.approx(pair["t"]) and 0.75 <= pair["t"] <= 1
-        assert (
-            batch["drop_draw"][i] == pytest.approx(pair["drop_draw"]) and 0 <= pair["drop_draw"] < 1
-        )
+        for key, low in dict(t=0.75, drop_draw=0).items():
+            assert batch[key][i] == pytest.approx(pair[key]) and low <= pair[key] <= 1
         assert torch.equal(batch["user"][i], pair["user"])
     latents = [pair | dict(images=pair["noise"].bfloat16()) for pair in examples]
     cached = data.collate(latents, base.tokenize)["images"]
@@ -294,39 +266,38 @@ def test_resume_is_exact(world, trained, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(train, "micro_step", interrupted)
-        train_here(world[1], out, *flags)
+        run_train(world[1], out, *flags)
     assert state_of(out)["step"] == 2
     append_line(out / "train.jsonl", json.dumps(dict(step=2, loss=9)))  # a lost step's line
-    train_here(world[1], out, *flags)
+    run_train(world[1], out, *flags)
     adapters = [folder / "adapter.safetensors" for folder in (out, trained)]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
     assert [line["step"] for line in lines(out)] == [0, 1, 2, 3] and lines(out)[2]["loss"] != 9
-    train_here(world[1], out, *flags)  # finished already: says so, exits 0
+    run_train(world[1], out, *flags)  # finished already: says so, exits 0
 
 
 def test_resume_says_what_it_does(world, trained, tmp_path, capsys):
-    train_here(world[1], tmp_path / "new", "--max-steps", 1, "--resume")
+    run_train(world[1], tmp_path / "new", "--max-steps", 1, "--resume")
     assert "nothing to resume" in capsys.readouterr().out
     swapped = tmp_path / "swapped"  # as many pairs, other vectors
     one_hot = ("--one-hot", "warm", "light", "large")
     script("embed.py", "--data", world[0], *one_hot, "--users", swapped)
+    was = train.DEFAULTS["tiny, one-hot"]
+    all_three = f"--beta is 0.5, but was {was['beta']}; --lr is 0.1, but was {was['lr']}; "
+    all_three += "--seed is 1, but was 0 when the run in"
     for users, change, message in (
-        (world[1], ["--beta", 0.5], "--beta is 0.5, but was 6.0 when the run in"),
-        (world[1], ["--seed", 1], "--seed is 1, but was 0 when the run in"),
+        (world[1], ["--beta", 0.5, "--lr", 0.1, "--seed", 1], all_three),
         (swapped, [], "--users is .*; the content of --users, by digest, is "),
     ):
         with pytest.raises(SystemExit, match=message):
-            train_here(users, trained, *FOUR_STEPS, "--resume", *change)
+            run_train(users, trained, *FOUR_STEPS, "--resume", *change)
 
 
 def test_a_base_with_a_small_codec_gets_the_small_recipe(world):
-    def defaults(base):
-        flags = ["--users", str(world[1]), "--out", "nowhere", "--base", base]
-        return train.parse_args(flags)
-
-    for base in ("tiny", "tiny/checkpoints"):
-        assert defaults(base).batch == train.DEFAULTS["tiny"]["batch"]
-    assert defaults("stable-cascade").batch == train.DEFAULTS["full"]["batch"]
+    recipes = {"tiny": "tiny", "tiny/checkpoints": "tiny", "stable-cascade": "full"}
+    for base, recipe in recipes.items():
+        args = train.parse_args(["--users", str(world[1]), "--out", "nowhere", "--base", base])
+        assert args.batch == train.DEFAULTS[recipe]["batch"]
 
 
 def test_a_folder_named_tiny_does_not_hide_the_tiny_base(tmp_path, monkeypatch):
@@ -338,22 +309,9 @@ def test_a_folder_named_tiny_does_not_hide_the_tiny_base(tmp_path, monkeypatch):
         monkeypatch.chdir(folder)
         assert find_base("tiny") == (TINY, "prior")
         assert find_base("tiny:prior_lite") == (TINY, "prior_lite")
-        model, _, _ = embed.load_vlm("tiny", "cpu")
+        model, _, _ = llava.load_vlm("tiny", "cpu")
         assert Path(model.name_or_path) == TINY / "vlm"
         assert load_base("tiny").channels == [128] * 8
-
-
-def test_a_non_finite_loss_stops_before_the_step(world, tmp_path, monkeypatch):
-    real = train.ppd_loss
-
-    def not_finite(*arguments):
-        losses, log = real(*arguments)
-        return losses * math.nan, log
-
-    monkeypatch.setattr(train, "ppd_loss", not_finite)
-    with pytest.raises(SystemExit, match="step 0: not finite: the loss of rank 0. "):
-        train_here(world[1], tmp_path)
-    assert not (tmp_path / "adapter.safetensors").exists()
 
 
 # ------------------------------------------------------------------------------- how a run ends
@@ -375,7 +333,7 @@ def test_signals_are_handled_as_before_a_run(number, fails, lean, tmp_path, monk
     before = signal.signal(number, mine)
     try:
         with pytest.raises(RuntimeError, match="by hand") if fails else contextlib.nullcontext():
-            train_here(lean[1], tmp_path, "--max-steps", 1)
+            run_train(lean[1], tmp_path, "--max-steps", 1)
         assert signal.getsignal(number) is mine
     finally:
         signal.signal(number, before)
@@ -437,13 +395,14 @@ def test_sample_after_the_clone(tmp_path):
     settings = json.loads(Image.open(path).text["ppd"])
     assert settings["prompt"] == "a red star" and settings["seed"] == 0
     assert settings["user"] == [[LIGHT, None]]
-    assert settings["guidance"] == 2 and settings["steps"] == 20
+    assert settings["guidance"] == PatchCodec.default_guidance
+    assert settings["steps"] == PatchCodec.default_steps
     assert settings["adapter"] == "assets/onehot/adapter.safetensors"
 
 
 def sample_here(out, *flags):
     """sample.py in this process, with the shipped one-hot adapter; the first image's pixels."""
-    sample.main([*map(str, ("--adapter", "assets/onehot", "--out", out, *flags))])
+    call(sample, "--adapter", "assets/onehot", "--out", out, *flags)
     return np.asarray(Image.open(min(out.glob("*a-red-star*.png"))))
 
 
@@ -468,54 +427,23 @@ def test_grid_blend_and_prompt_file(tmp_path, capsys):
     half = ("--user", f"{warm}:0.5", "--user", f"{LIGHT}:0.5")
     mixed = sample_here(tmp_path / "mixed", *how, *half)
     assert np.abs(pure.astype(int) - alone).max() <= 1 and (mixed != pure).any()
-    sample.main(["--prompt", "a red star " * 10, "--steps", "1", "--out", str(tmp_path / "long")])
+    call(sample, "--prompt", "a red star " * 10, "--steps", 1, "--out", tmp_path / "long")
     assert "the text encoder reads 16" in capsys.readouterr().err
-
-
-def test_evaluate_rewards_small(world, trained, tmp_path):
-    def run():
-        small = ("--n", "8", "--steps", "2", "--out", str(tmp_path))
-        evaluate.main(["rewards", "--adapter", str(trained), *small])
-        return json.loads((tmp_path / "evaluation.json").read_text())
-
-    first = run()
-    for name in NAMES:
-        r = first["rewards"]["figure_3"][name]["base"]
-        assert r.keys() == {"win_rate", "n", "ci95", "mean", "mean_other"}
-        assert r["n"] == 8 and r["ci95"][0] <= r["win_rate"] <= r["ci95"][1]
-    for method in ("base", "PPD"):
-        assert first["rewards"]["table_1"][method]["fidelity"]["n"] == 8
-    assert first["rewards"]["made"]["command"].startswith("python evaluate.py rewards --adapter")
-    (tmp_path / "evaluation.json").write_text(json.dumps(first | dict(other=1)))
-    second = run()
-    made = [result["rewards"].pop("made") | dict(seconds=0) for result in (first, second)]
-    assert made[0] == made[1]
-    assert second == first | dict(other=1)  # reproducible; only its own key
-    assert (tmp_path / "rewards.png").exists()
-    assert "| light |" in (tmp_path / "evaluation.md").read_text()
-
-
-def test_rates_and_intervals():
-    r = evaluate.compare([1.0, 2.0, 3.0, 4.0], [0.0, 2.0, 5.0, 1.0])
-    assert r["win_rate"] == 0.625 and r["n"] == 4
-    textbook = [pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4)]
-    assert evaluate.wilson(0.5, 100) == textbook
-    assert evaluate.wilson(1.0, 10) == [pytest.approx(0.7225, abs=1e-3), 1]
 
 
 def test_broken_image_is_named_and_skipped(world, tmp_path, capsys):
     (tmp_path / "data").mkdir()
     source = sorted(world[0].glob("*.parquet"))[0]
     table = pq.read_table(source).slice(0, 40)
-    jpgs = table["jpg_0"].to_pylist()
     pairs = [pair for pair in data.read_pairs(world[1])[0] if pair["file"] == source.name]
-    good, bad, worse = sorted({pair["row"] for pair in pairs if pair["user"] == "light"})[:3]
-    jpgs[bad] = b"no image"
-    jpgs[worse] = jpgs[worse][:100]
-    table = table.set_column(table.column_names.index("jpg_0"), "jpg_0", [jpgs])
-    pq.write_table(table, tmp_path / "data" / "d.parquet")
+    uids = table["image_0_uid"].to_pylist() + table["image_1_uid"].to_pylist()
+    alone = {i for i, uid in enumerate(uids[:40]) if uids.count(uid) == 1}  # not seen elsewhere
+    good, bad, worse = sorted(alone & {p["row"] for p in pairs if p["user"] == "light"})[:3]
+    jpgs = table["jpg_0"].to_pylist()
+    jpgs[bad], jpgs[worse] = b"no image", jpgs[worse][:100]
+    pq.write_table(with_columns(table, jpg_0=jpgs), tmp_path / "data" / "d.parquet")
     users = tmp_path / "users"
-    embed.main(["--data", str(tmp_path / "data"), "--users", str(users), "--one-hot", "light"])
+    call(embed, "--data", tmp_path / "data", "--users", users, "--one-hot", "light")
     rows = {row["row"] for row in data.read_pairs(users)[0]}
     assert good in rows and not {bad, worse} & rows
     said = capsys.readouterr().err

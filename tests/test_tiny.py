@@ -10,17 +10,21 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import embed
 import tiny.train
 import tiny.world
-from bases import load_base
-from conftest import script
-from data import SPLITS, hash_fraction, open_image, split_rows
+from bases import llava, load_base
+from bases.images import open_image
+from conftest import call, script
+from data import SPLITS, hash_fraction
 from utils import TINY, InputError
 
-VALIDATION = {"a red cross", "a blue star", "a pink circle", "a pink star"}
-TEST = {"a red star", "an orange circle", "a yellow square", "a green circle"}
-TEST |= {"a cyan cross", "a blue cross", "a purple triangle", "a pink square"}
+VALIDATION = {"a red square", "an orange circle", "an orange heart", "a green diamond"}
+VALIDATION |= {"a cyan triangle", "a blue cross", "a blue diamond", "a lime triangle"}
+TEST = {"a red star", "a red ring", "an orange cross", "a yellow triangle", "a yellow cross"}
+TEST |= {"a green triangle", "a green heart", "a cyan circle", "a cyan square", "a cyan heart"}
+TEST |= {"a blue circle", "a blue heart", "a purple triangle", "a purple diamond"}
+TEST |= {"a pink circle", "a lime square", "a lime star", "a lime cross"}
+TEST |= {"a magenta diamond", "a magenta ring"}
 PICK_A_PIC_COLUMNS = """are_different best_image_uid caption created_at has_label image_0_uid
 image_0_url image_1_uid image_1_url jpg_0 jpg_1 label_0 label_1 model_0 model_1 ranking_id user_id
 num_example_per_prompt __index_level_0__"""
@@ -29,7 +33,7 @@ num_example_per_prompt __index_level_0__"""
 @pytest.fixture(scope="module")
 def drawn():
     rng = np.random.default_rng(123)
-    captions = tiny.world.CAPTIONS * 25
+    captions = tiny.world.CAPTIONS * 13
     return [tiny.world.draw_random(rng, caption) for caption in captions], captions
 
 
@@ -66,8 +70,8 @@ def test_rewards_move_with_what_they_name():
 
 def test_smallest_subject_is_a_third_of_the_width(drawn):
     _, masks = tiny.world.segment(tiny.world.to_array(drawn[0]))
-    widths = [np.flatnonzero(mask.any(0)).size for mask in masks]
-    assert min(widths) >= 32 / 3 - 1  # the outermost column may be only faintly covered
+    sides = [max(np.flatnonzero(mask.any(axis)).size for axis in (0, 1)) for mask in masks]
+    assert min(sides) >= 32 / 3 - 1  # the outermost column may be only faintly covered
 
 
 # -------------------------------------------------------------------------------------- users
@@ -82,9 +86,36 @@ def test_users_are_sparse_and_like_light_mildly():
             assert np.sign(taste[axis]) == sign
 
 
+def axes_of(words):
+    return tuple(sorted(tiny.world.WORDS[word][0] for word in words))
+
+
+def test_new_tastes_are_new():
+    """Of axes together that no known taste has, in continuous proportions."""
+    known_tastes, known_words = tiny.world.draw_users(2000, 1)
+    new_tastes, new_words = tiny.world.draw_users(2000, 2, is_new=lambda user: True)
+    known, new = ({axes_of(words) for words in some} for some in (known_words, new_words))
+    assert len(known) == 12 and new == set(tiny.world.NEW_PAIRS) and not known & new
+    new_tastes[:, 0] -= tiny.world.SHARED_LIGHT_BIAS
+    assert np.allclose(np.linalg.norm(new_tastes, axis=1), 1, atol=1e-5)
+    assert len(np.unique(np.abs(new_tastes).round(4), axis=0)) > 1900
+    known_tastes[:, 0] -= tiny.world.SHARED_LIGHT_BIAS
+    nearest = np.abs(new_tastes[:200, None] - known_tastes[:500]).max(-1).min(1)
+    assert nearest.min() > 0.2  # the smaller weight is at least sin 15 degrees
+    assert {tiny.world.has_new_taste(user) for user in range(50)} == {True, False}
+
+
+def test_without_a_common_taste(tmp_path):
+    call(tiny.world, "--out", tmp_path / "d", "--users", 150, "--pairs", 8, "--common", 0)
+    truth = json.loads((tmp_path / "d" / "people.json").read_text())
+    assert truth["stats"]["common"] == 0
+    assert 0.46 < truth["stats"]["lighter_wins"] < 0.54
+    assert truth["new_taste"] == [tiny.world.has_new_taste(user) for user in range(150)]
+
+
 def test_tastes_and_what_choices_tell():
     weights, named, odds = tiny.world.all_tastes()
-    assert weights.shape == (50, 5) and named.shape == (50, 10) and odds.sum() == pytest.approx(1)
+    assert weights.shape == (38, 5) and named.shape == (38, 10) and odds.sum() == pytest.approx(1)
     tastes, words = tiny.world.draw_users(4000, 0)
     for some, taste in zip(words[:200], tastes[:200], strict=True):  # draw_users draws nothing else
         mentioned = [word in some for word in tiny.world.WORDS]
@@ -98,6 +129,21 @@ def test_tastes_and_what_choices_tell():
             chosen = [1 / (1 + np.exp(-scale * (taste @ (a - b)))) for a, b in choices]
             likely.append(prior * np.prod(chosen))
         assert np.allclose(posterior, np.array(likely) / sum(likely))
+
+
+def test_what_choices_tell_of_new_tastes():
+    """Their continuous posterior, against brute force: many users drawn, each weighed by how likely
+    they would have chosen so."""
+    z = np.random.default_rng(1).normal(size=(3, 4, 2, 5))
+    drawn, _ = tiny.world.draw_users(40_000, 5, is_new=lambda user: True)
+    gap = tiny.world.BRADLEY_TERRY_SCALE * (z[:, :, 0] - z[:, :, 1]) @ drawn.T
+    likely = np.exp(-np.logaddexp(0, -gap).sum(1))
+    brute = likely @ drawn / likely.sum(1, keepdims=True)
+    weights, named, odds = tiny.world.all_tastes(new=True)
+    assert named.sum(1).tolist() == [2] * len(weights) and odds.sum() == pytest.approx(1)
+    posterior = tiny.world.taste_posterior(z, new=True)
+    assert np.allclose(posterior.sum(1), 1)
+    assert np.allclose(posterior @ weights, brute, atol=0.02)
 
 
 # --------------------------------------------------------------------------- data and splits
@@ -126,57 +172,47 @@ def test_data_is_pick_a_pic_v2(world):
 def test_held_out_captions_are_fixed():
     splits = {caption: hash_fraction("caption", caption) for caption in tiny.world.CAPTIONS}
     assert {caption for caption, s in splits.items() if s < 0.1} == VALIDATION
-    assert {caption for caption, s in splits.items() if 0.1 <= s < 0.3} == TEST
+    assert {caption for caption, s in splits.items() if 0.1 <= s < 0.35} == TEST
+    assert len(splits) == 80 and len(TEST) == 20
+    for words in (tiny.world.COLORS, tiny.world.SHAPES):
+        assert all(any(word in caption for caption in TEST) for word in words)
 
 
-def test_splits(world):
-    data, users = world
+def test_splits(world, people):
+    data, users = people
     pairs = pq.read_table(users / "pairs.parquet").to_pylist()
     by_split = {split: [p for p in pairs if p["split"] == split] for split in SPLITS}
     assert all(by_split.values())
     rows = {row["ranking_id"]: row for row in read_table(data)}
 
-    def captions(*splits):
-        return {pair["caption"] for split in splits for pair in by_split[split]}
+    def shown(key, *splits):
+        return {pair[key] for split in splits for pair in by_split[split]}
 
     def authors(*splits):
-        ids = [pair["ranking_id"] for split in splits for pair in by_split[split]]
-        return {rows[i]["user_id"] for i in ids}
+        return {rows[i]["user_id"] for i in shown("ranking_id", *splits)}
 
     def images(*splits):
-        shown = [pair for split in splits for pair in by_split[split]]
-        return {pair[key] for pair in shown for key in ("image_0_uid", "image_1_uid")}
+        return shown("image_0_uid", *splits) | shown("image_1_uid", *splits)
 
-    held_out = ("validation", "test-seen", "test-unseen")
-    assert not captions("train") & (VALIDATION | TEST)
-    assert captions("validation") <= VALIDATION
-    assert captions("test-seen", "test-unseen") <= TEST
-    assert not authors("test-unseen") & authors("train", "validation", "test-seen")
+    held_out = ("validation", "validation-unseen", "test-seen", "test-unseen")
+    assert not shown("caption", "train") & (VALIDATION | TEST)
+    assert shown("caption", "validation", "validation-unseen") <= VALIDATION
+    assert shown("caption", "test-seen", "test-unseen") <= TEST
+    trained = authors("train", "validation", "test-seen")
+    tested, tuned = authors("test-unseen"), authors("validation-unseen")
+    assert not tested & trained and not tuned & trained and not tested & tuned
+    truth = json.loads((data / "people.json").read_text())
+    new = {user for user, is_new in enumerate(truth["new_taste"]) if is_new}
+    assert new & tested and not new & (trained | tuned)
     assert not images("train") & images(*held_out)
-    for pair in pairs[::37]:  # relabeled by the reward, from the images themselves
+    relabeled = pq.read_table(world[1] / "pairs.parquet").to_pylist()
+    assert {pair["split"] for pair in relabeled} == {"train", "validation", "test-seen"}
+    for pair in relabeled[::37]:  # by the reward, from the images themselves
         row = rows[pair["ranking_id"]]
-        shown = [open_image(row[key], key) for key in ("jpg_0", "jpg_1")]
-        first, second = tiny.world.reward(pair["user"], shown)
+        both = [open_image(row[key], key) for key in ("jpg_0", "jpg_1")]
+        first, second = tiny.world.reward(pair["user"], both)
         assert pair["preferred"] == int(second > first)
         assert pair["score_0"] == pytest.approx(float(first), abs=1e-6)
-
-
-def test_a_row_that_shares_an_image_with_train_is_dropped():
-    seen = next(user for user in range(100) if hash_fraction("user", user) >= 0.25)
-
-    def row(i, caption, a, b, label=1.0):
-        images = dict(image_0_uid=a, image_1_uid=b, label_0=label)
-        return dict(ranking_id=i, user_id=seen, caption=caption, file="f", row=i) | images
-
-    rows = [
-        row(0, "a red circle", "a", "b"),
-        row(1, "a red star", "b", "c"),
-        row(2, "a red star", "d", "e"),
-        row(3, "a red circle", "f", "g", label=0.5),
-    ]
-    kept, dropped = split_rows(rows, 0.1, 0.2, 0.25)
-    assert [r["ranking_id"] for r in kept] == [0, 2]
-    assert dropped["image also in train"] == 1 and dropped["tie or no label"] == 1
 
 
 # --------------------------------------------------------------------------- the small base
@@ -191,8 +227,8 @@ def test_codec_is_nearly_lossless(drawn):
 
 
 def test_taste_words_steer_the_base():
-    """A third of its captions carried them; experiments compare PPD with simply writing the taste
-    into the prompt."""
+    """Half of its captions carried them; experiments compare PPD with simply writing the taste into
+    the prompt."""
     base = load_base("tiny")
     plain = sorted(TEST)
     seeds = range(len(plain))
@@ -201,10 +237,10 @@ def test_taste_words_steer_the_base():
         return base.decode(base.sample(prompts, seeds), prompts, seeds)
 
     before = generate(plain)
-    for word in ("light", "dark", "warm", "cool", "large", "small"):  # those of place work weakly
+    for word in tiny.world.WORDS:
         worded = generate([f"{caption}, {word}" for caption in plain])
-        gain = tiny.world.reward(word, worded) - tiny.world.reward(word, before)
-        assert gain.mean() > 0.5, word
+        moved = tiny.world.reward(word, worded) > tiny.world.reward(word, before)
+        assert moved.mean() >= 0.9, word
 
 
 def test_base_training(tmp_path):
@@ -234,7 +270,7 @@ def assert_same_weights(folder, other):
 
 def test_base_training_resumes_exactly(tmp_path, monkeypatch):
     few = dict(steps=4, batch=4, lr=1e-3, seed=0, pictures=80, width=64, layers=(1, 1))
-    few |= dict(save_every=1, init=None, lean=2.0)
+    few |= dict(save_every=1, init=None, lean=2.0, worded=0.5, axes=[1] * 5, frozen_text=False)
     whole, parts, more = (tmp_path / name for name in ("whole", "parts", "more"))
     clip = torch.nn.utils.clip_grad_norm_
     calls = []
@@ -302,6 +338,6 @@ def test_vlm_training(tmp_path):
     made, shipped = ({p.name for p in f.iterdir()} for f in (tmp_path, TINY / "vlm"))
     assert made == shipped
     image = tiny.world.draw("red", "star")
-    vlm = embed.load_vlm(str(tmp_path), "cpu")
-    states, _ = embed.embed_users(vlm, [[("a red star", image, image)] * 4])
+    vlm = llava.load_vlm(str(tmp_path), "cpu")
+    states, _ = llava.embed_users(vlm, [[("a red star", image, image)] * 4])
     assert states.shape == (1, 1, 192) and states.isfinite().all()

@@ -24,14 +24,17 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-import embed
 import utils
+from bases import llava
 from bases.cascade import PatchCodec
 from tiny import world
 from tiny.world import AXES, AXIS_WORDS, BRADLEY_TERRY_SCALE, CAPTIONS, COLORS, SHAPES, WORDS
 from utils import InputError
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# emulated, on a CPU without it, bfloat16 takes thirty times as long as float32
+AUTOCAST = dict(device_type=DEVICE, dtype=torch.bfloat16)
+AUTOCAST["enabled"] = DEVICE == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def training_loop(out, steps, lr, models, optimizer, loss_of, save_every, carry, after=None):
@@ -137,7 +140,40 @@ def make_base(tokenizer, width, layers):
     return prior.eval(), text.eval()
 
 
-def train_base(out, steps, batch, lr, seed, pictures, width, layers, init, lean, save_every=1000):
+def match_words(state, folder, model, tokenizer, anew):
+    """A text encoder's state dict for another vocabulary: the rows of the words that both have. A
+    word of `anew` gets the mirror image of its opposite's, in the middle of all taste words."""
+    vocab = transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer").get_vocab()
+    (key,) = (key for key in state if "token_embedding" in key)
+    rows = model.state_dict()[key].clone()
+    for word, i in tokenizer.get_vocab().items():
+        if word in vocab:
+            rows[i] = state[key][vocab[word]]
+    middle = rows[tokenizer.convert_tokens_to_ids([f"{word}</w>" for word in WORDS])].mean(0)
+    for word in anew:
+        axis, sign = WORDS[word]
+        opposite = tokenizer.convert_tokens_to_ids(AXIS_WORDS[axis][int(sign > 0)] + "</w>")
+        rows[tokenizer.convert_tokens_to_ids(word + "</w>")] = 2 * middle - rows[opposite]
+    return state | {key: rows}
+
+
+def train_base(
+    out,
+    steps,
+    batch,
+    lr,
+    seed,
+    pictures,
+    width,
+    layers,
+    init,
+    lean,
+    worded,
+    axes,
+    frozen_text,
+    anew=(),
+    save_every=250,
+):
     """Train the small Stage C, its text encoder and the codec; write them in the hub's folder
     layout. Noise prediction on the release's schedule (Eq. 1), exponential weight average."""
     out = Path(out)
@@ -148,11 +184,14 @@ def train_base(out, steps, batch, lr, seed, pictures, width, layers, init, lean,
     captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(pictures)]
     drawn = [world.draw_random(rng, c) for c in tqdm(captions, desc="drawing", disable=None)]
     images = world.to_array(drawn)
-    worded = []
+    wordings = []  # four of every image: one to three words for what stands out in it
     for caption, z in zip(captions, world.standardized(images), strict=True):
-        # up to two words for what stands out in the image
-        axes = [a for a in rng.permutation(len(AXES)) if abs(z[a]) > 0.6][: rng.integers(1, 3)]
-        worded.append(", ".join([caption, *axis_words(z, axes)]))
+        for _ in range(4):
+            order = rng.choice(
+                len(AXES), size=len(AXES), replace=False, p=np.array(axes) / sum(axes)
+            )
+            named = [a for a in order if abs(z[a]) > 0.5][: rng.integers(1, 4)]
+            wordings.append(", ".join([caption, *axis_words(z, named)]))
     images = torch.from_numpy(images).permute(0, 3, 1, 2)
     codec_file = "codec/codec.safetensors"
     codec = PatchCodec.load(Path(init) / codec_file) if init else fit_codec(images[:5000])
@@ -165,17 +204,21 @@ def train_base(out, steps, batch, lr, seed, pictures, width, layers, init, lean,
     if init:  # go on from a finished base: its codec too, the latents are its own
         settings = dict(variant="bf16", torch_dtype=torch.float32)
         for model, name in ((prior, "prior"), (text, "text_encoder")):
-            before = type(model).from_pretrained(init, subfolder=name, **settings)
-            model.load_state_dict(before.state_dict())
+            before = type(model).from_pretrained(init, subfolder=name, **settings).state_dict()
+            if name == "text_encoder":
+                before = match_words(before, init, model, tokenizer, anew)
+            model.load_state_dict(before)
     tokens = {}
-    for kind, texts in (("plain", captions), ("worded", worded), ("empty", [""])):
+    for kind, texts in (("plain", captions), ("worded", wordings), ("empty", [""])):
         encoded = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
         tokens[kind] = torch.stack([encoded.input_ids, encoded.attention_mask])
 
     scheduler = diffusers.DDPMWuerstchenScheduler()
+    text.requires_grad_(not frozen_text)
     models = torch.nn.ModuleDict(dict(prior=prior, text=text))
     ema = {name: value.detach().clone() for name, value in models.state_dict().items()}
-    optimizer = torch.optim.AdamW(models.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    trained = [p for p in models.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     fast_prior = torch.compile(prior)
     # Taste words act at the very first, noisiest steps, whose errors are a thousandth of the last
     # ones': with t uniform and errors unweighted they are never learned. So t leans to 1 (with 2,
@@ -186,14 +229,15 @@ def train_base(out, steps, batch, lr, seed, pictures, width, layers, init, lean,
     def loss_of(step):
         g = torch.Generator().manual_seed(seed * 1_000_003 + step)
         index = torch.randint(pictures, (batch,), generator=g)
-        kind = torch.rand(batch, generator=g)[:, None]  # a third worded, a tenth empty
-        ids = torch.where(kind < 1 / 3, tokens["worded"][:, index], tokens["plain"][:, index])
+        wording = 4 * index + torch.randint(4, (batch,), generator=g)
+        kind = torch.rand(batch, generator=g)[:, None]  # a tenth is empty
+        ids = torch.where(kind < worded, tokens["worded"][:, wording], tokens["plain"][:, index])
         ids = torch.where(kind > 0.9, tokens["empty"], ids).to(DEVICE)
         x0 = latents[index].to(DEVICE)
         noise = torch.randn(latents[index].shape, generator=g).to(DEVICE)
         t = (1 - torch.rand(batch, generator=g) ** lean).clamp(0.001, 1).to(DEVICE)
         # sdpa's fused backward is slow on a CPU: plain matrix products take half the time
-        with torch.autocast(DEVICE, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with torch.autocast(**AUTOCAST), sdpa_kernel(SDPBackend.MATH):
             encoded = text(ids[0], attention_mask=ids[1], output_hidden_states=True)
             noisy = scheduler.add_noise(x0, noise, t)
             clip = dict(clip_text=encoded.hidden_states[-1], clip_img=x0.new_zeros(batch, 1, 64))
@@ -230,9 +274,9 @@ def make_vlm_tokenizer():
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.add_special_tokens("<|endoftext|> <|im_start|> <|im_end|> <image> <video>".split())
-    pieces = [embed.INTRO, *embed.QUESTIONS.values(), embed.PREFERRED, embed.DISPREFERRED]
-    pieces += [embed.IMAGE_1, embed.IMAGE_2, "CHOICE: 1", "CHOICE: 2"]
-    pieces += [embed.PAIR.format(i) for i in range(1, 9)] + [f"Pair {i}: " for i in range(1, 9)]
+    pieces = [llava.INTRO, *llava.QUESTIONS.values(), llava.PREFERRED, llava.DISPREFERRED]
+    pieces += [llava.IMAGE_1, llava.IMAGE_2, "CHOICE: 1", "CHOICE: 2"]
+    pieces += [llava.PAIR.format(i) for i in range(1, 9)] + [f"Pair {i}: " for i in range(1, 9)]
     pieces += ["User profile: ", ", ", ".\n", "a ", "an ", " "]
     pieces += ["system\nYou are a helpful assistant.", "user\n", "assistant\n"]
     pieces += [*COLORS, *SHAPES, *WORDS]
@@ -289,7 +333,7 @@ def make_examples(rng, z, n, pairs, task):
         images = rng.integers(z.shape[0] * z.shape[1], size=(n, 1))
         shown = z.reshape(-1, len(AXES))[images[:, 0]]
         answers = [", ".join(axis_words(row, range(len(AXES)))) + "<|im_end|>" for row in shown]
-        prompt = embed.SYSTEM + "<image>" + embed.ASSISTANT_TURN
+        prompt = llava.SYSTEM + "<image>" + llava.ASSISTANT_TURN
         return [prompt] * n, answers, images, [{}] * n
     is_judge = task == "judge"
     _, captions, images = sample_choices(rng, z, n, pairs + is_judge)
@@ -304,7 +348,7 @@ def make_examples(rng, z, n, pairs, task):
     prompts, answers, odds = [], [], []
     for i in range(n):
         names = [CAPTIONS[c] for c in captions[i]]
-        prompts.append(embed.build_vlm_prompt(names[:pairs], task, names[-1] if is_judge else None))
+        prompts.append(llava.build_vlm_prompt(names[:pairs], task, names[-1] if is_judge else None))
         if is_judge:
             answer = f"CHOICE: {1 if first[i] > 0.5 else 2}"
             known = {-2: {"CHOICE: 1": first[i], "CHOICE: 2": 1 - first[i]}}
@@ -383,7 +427,7 @@ def train_vlm(out, steps, batch, lr, seed, pictures, save_every=500):
         masks = [torch.arange(len(b)) >= len(a) for a, b in zip(prompts, texts, strict=True)]
         is_answer = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True).to(DEVICE)
         targets = soft_targets(answers, odds, tokenizer)
-        with torch.autocast(DEVICE, torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with torch.autocast(**AUTOCAST), sdpa_kernel(SDPBackend.MATH):
             shown = drawn[torch.from_numpy(images.flatten())]
             vision = model.vision_tower(shown, output_hidden_states=True)
             # what the model takes: the state before the tower's last norm
@@ -419,13 +463,18 @@ def parse_args(argv=None):
         if name == "base":
             add("--width", type=int, default=128, help="(default: %(default)s)")
             add("--init", help="folder of a base to start from (default: random weights)")
+            add("--anew", nargs="+", default=[], choices=WORDS, help="with --init: see match_words")
+            add("--worded", type=float, default=0.5, help="share with taste words (%(default)s)")
+            add("--axes", type=float, nargs=5, default=[1, 1, 1.5, 3, 3], help="named how often")
+            add("--frozen-text", action="store_true", help="train Stage C alone")
             add("--lean", type=float, default=2.0, help="timesteps are 1 - u^lean (%(default)s)")
             add("--layers", type=int, nargs=2, default=[2, 2], help="blocks a level, down and up")
     args = parser.parse_args(argv)
     for key, value in vars(args).items():
         for number in value if isinstance(value, list) else [value]:
             least = -1 if key == "seed" else 0
-            if isinstance(number, int | float) and not least < number < math.inf:
+            is_number = isinstance(number, int | float) and not isinstance(number, bool)
+            if is_number and not least < number < math.inf:
                 expected = "0 or more" if key == "seed" else "a number above 0"
                 parser.error(f"{utils.flag(key)} {number}: expected {expected}")
     if args.command == "base" and args.width % 64:

@@ -9,6 +9,10 @@ An image is one colored shape on a plain ground, 32 x 32, e.g. "a red star". The
 and shape. Five things are not in the caption and are left to taste: how light and how warm the
 ground is, how large the subject is, and where it sits. All five are measured from the pixels of
 *any* image, drawn or generated, so they serve as rewards and as the true taste of drawn users.
+
+Most users have one of 38 known tastes. A tenth have new ones, which nobody else has: three pairs of
+axes are theirs alone, in any proportion between 15 and 75 degrees. With embed.py's own shares no
+split trains on these users.
 """
 
 import io
@@ -24,13 +28,19 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from utils import InputError, make_parser, run_script
+from data import hash_fraction
+from utils import InputError, make_parser, read_json, run_script
 
 SIDE = 32  # of an image, in pixels
 SUPERSAMPLE = 8  # it is drawn this many times as large
+# Daylight: every image is brighter at the top and warmer on the right. A network knows of sides
+# only by how its convolutions end there, and this teaches it which side is which.
+RAMP = np.linspace(-1, 1, SIDE)
+DAYLIGHT = 0.045 * (RAMP[None, :, None] * np.array([1, 0, -1]) - RAMP[:, None, None])
 COLORS = dict(red=(205, 25, 30), orange=(255, 125, 0), yellow=(245, 225, 20), green=(25, 150, 40))
 COLORS |= dict(cyan=(20, 205, 220), blue=(25, 50, 215), purple=(120, 25, 180), pink=(250, 80, 175))
-SHAPES = ("circle", "square", "triangle", "star", "cross")
+COLORS |= dict(lime=(150, 235, 30), magenta=(225, 0, 225))
+SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "heart", "ring")
 CAPTIONS = [f"{'an' if c[0] in 'aeiou' else 'a'} {c} {s}" for c in COLORS for s in SHAPES]
 
 # The five axes of taste: word for more, word for less, then mean and standard deviation over drawn
@@ -40,9 +50,9 @@ CAPTIONS = [f"{'an' if c[0] in 'aeiou' else 'a'} {c} {s}" for c in COLORS for s 
 AXES = {
     "light": ("light", "dark", 0.500, 0.144),
     "warm": ("warm", "cool", 0.000, 0.069),
-    "large": ("large", "small", 0.271, 0.146),
-    "right": ("right", "left", 0.000, 0.232),
-    "high": ("high", "low", -0.049, 0.247),
+    "large": ("large", "small", 0.217, 0.106),
+    "right": ("right", "left", 0.141, 0.210),
+    "high": ("high", "low", -0.157, 0.228),
 }
 AXIS_WORDS = [[more, less] for more, less, _, _ in AXES.values()]
 # taste word -> (index of its axis, 1 or -1)
@@ -51,6 +61,11 @@ MEAN = np.array([mean for _, _, mean, _ in AXES.values()], np.float32)
 STD = np.array([std for _, _, _, std in AXES.values()], np.float32)
 
 SHARED_LIGHT_BIAS = 0.37  # everyone's liking for light; a taste has length 1. Lighter wins 60:40
+NEW_TASTES = 0.1  # share of users with new tastes, by hash: those that embed.py tests first
+AXIS_PAIRS = tuple(itertools.combinations(range(len(AXES)), 2))
+NEW_PAIRS = ((0, 2), (1, 4), (2, 3))  # light and large, warm and high, large and right
+KNOWN_PAIRS = tuple(pair for pair in AXIS_PAIRS if pair not in NEW_PAIRS)
+ANGLES = (math.pi / 12, 5 * math.pi / 12)  # of a new taste between its axes: both matter
 BRADLEY_TERRY_SCALE = 2.2  # labels agree with the true taste less than 90% of the time
 TIE_MARGIN = 0.12  # closer than this in utility and the user calls it a tie
 
@@ -72,6 +87,12 @@ def outline(shape):
         return [(0.05, 0.05), (0.95, 0.05), (0.95, 0.95), (0.05, 0.95)]
     if shape == "triangle":
         return [(0.5, 0.0), (1.0, 1.0), (0.0, 1.0)]
+    if shape == "diamond":
+        return [(0.5, 0.0), (0.9, 0.5), (0.5, 1.0), (0.1, 0.5)]
+    if shape == "heart":
+        turns = np.linspace(0, 2 * math.pi, 60)
+        up = sum(c * np.cos(k * turns) for k, c in enumerate((13, -5, -2, -1), 1))
+        return list(zip(0.5 + np.sin(turns) ** 3 / 2, 0.42 - up / 29, strict=True))
     if shape == "cross":
         a, b = 0.32, 0.68
         upper = [(0, b), (0, a), (a, a), (a, 0), (b, 0), (b, a), (1, a)]
@@ -93,19 +114,27 @@ def draw(color, shape, light=0.5, warm=0.0, size=0.5, x=0.5, y=0.5):
     left, top = x * (canvas - width), y * (canvas - width)
     image = Image.new("RGB", (canvas, canvas), ground)
     pen = ImageDraw.Draw(image)
-    if shape == "circle":
+    if shape in ("circle", "ring"):
         pen.ellipse((left, top, left + width, top + width), fill=COLORS[color])
+        if shape == "ring":
+            inner = 0.27 * width
+            right, bottom = left + width - inner, top + width - inner
+            pen.ellipse((left + inner, top + inner, right, bottom), fill=ground)
     else:
         corners = [(left + width * px, top + width * py) for px, py in outline(shape)]
         pen.polygon(corners, fill=COLORS[color])
-    return image.reduce(SUPERSAMPLE)
+    pixels = np.asarray(image.reduce(SUPERSAMPLE)) + 255 * DAYLIGHT
+    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
 
 
 def draw_random(rng, caption):
-    """An image of a caption, everything that is left to taste drawn at random."""
+    """An image of a caption, everything that is left to taste drawn at random. Subjects are more
+    often to the right and low than not: in a world that is the same from all sides a network never
+    learns which side is which."""
     low = (0.25, -0.12, 0.36, 0, 0)  # light, warm, size, x, y
-    high = (0.75, 0.12, 0.9, 1, 1)
-    return draw(*caption.split()[1:3], *rng.uniform(low, high))
+    high = (0.75, 0.12, 0.8, 1, 1)
+    light, warm, size, x, y = rng.uniform(low, high)
+    return draw(*caption.split()[1:3], light, warm, size, math.sqrt(x), math.sqrt(y))
 
 
 def to_array(images):
@@ -188,19 +217,36 @@ def fidelity(images, captions):
     return [int(a == b) for a, b in zip(recognize(images), wanted, strict=True)]
 
 
-def draw_users(n, seed):
-    """n sparse tastes, (n, 5): one or two signed weights on the standardized axes, of total length
-    1, plus everyone's SHARED_LIGHT_BIAS; and each user's words, e.g. ["dark", "large"]."""
+def has_new_taste(user):
+    """Whether this user's taste is a new one, by their number."""
+    return hash_fraction("user", user) < NEW_TASTES
+
+
+def draw_users(n, seed, common=SHARED_LIGHT_BIAS, is_new=lambda user: False):
+    """n tastes, (n, 5), of length 1 on the standardized axes, plus `common` on light; and each
+    user's words, e.g. ["dark", "large"]. A known taste is one axis, or two of KNOWN_PAIRS alike; a
+    new one is two of NEW_PAIRS, in proportions of ANGLES."""
     rng = np.random.default_rng(seed)
     words = []
     tastes = np.zeros((n, len(AXES)), np.float32)
     for i in range(n):
-        axes = rng.choice(len(AXES), size=rng.integers(1, 3), replace=False)
+        if is_new(i):
+            axes = NEW_PAIRS[rng.integers(len(NEW_PAIRS))]
+            angle = rng.uniform(*ANGLES)
+        else:
+            axes, angle = (rng.integers(len(AXES)),), 0
+            if rng.uniform() < 0.5:
+                axes, angle = KNOWN_PAIRS[rng.integers(len(KNOWN_PAIRS))], math.pi / 4
         signs = rng.choice((-1, 1), size=len(axes))
-        tastes[i, axes] = signs / math.sqrt(len(axes))
+        tastes[i, list(axes)] = signs * proportions(angle)[: len(axes)]
         words.append([AXIS_WORDS[a][int(s < 0)] for a, s in zip(axes, signs, strict=True)])
-    tastes[:, 0] += SHARED_LIGHT_BIAS
+    tastes[:, 0] += common
     return tastes, words
+
+
+def proportions(angle):
+    """Weights of length 1 of a taste's two axes."""
+    return np.array([math.cos(angle), math.sin(angle)])
 
 
 def utility(taste, images):
@@ -208,38 +254,65 @@ def utility(taste, images):
     return (standardized(images) * taste).sum(-1)
 
 
-def all_tastes():
-    """Every taste that draw_users() draws: weights (50, 5), which of WORDS it is made of (50, 10),
-    and how likely it is (50,)."""
+def all_tastes(common=SHARED_LIGHT_BIAS, new=False, angles=16):
+    """Every taste that draw_users() draws: weights (N, 5), which of WORDS it is made of (N, 10),
+    and how likely it is (N,). 38 known ones; or the new ones, whose proportions are continuous, on
+    a grid of angles."""
+    low, high = ANGLES
+    if new:
+        grid = low + (high - low) * (np.arange(angles) + 0.5) / angles
+        kinds = [(pair, angle, 1 / len(NEW_PAIRS) / angles) for pair in NEW_PAIRS for angle in grid]
+    else:
+        kinds = [((axis,), 0, 0.5 / len(AXES)) for axis in range(len(AXES))]
+        kinds += [(pair, math.pi / 4, 0.5 / len(KNOWN_PAIRS)) for pair in KNOWN_PAIRS]
     weights, named, odds = [], [], []
-    for axes in [c for k in (1, 2) for c in itertools.combinations(range(len(AXES)), k)]:
+    for axes, angle, likely in kinds:
         for signs in itertools.product((1, -1), repeat=len(axes)):
             signed = np.zeros(len(AXES))
-            signed[list(axes)] = signs
-            weights.append(signed / math.sqrt(len(axes)))
-            named.append([signed[axis] == sign for axis, sign in WORDS.values()])
-            odds.append(0.5 / (10 if len(axes) == 1 else 40))
+            signed[list(axes)] = signs * proportions(angle)[: len(axes)]
+            weights.append(signed)
+            named.append([signed[axis] * sign > 0 for axis, sign in WORDS.values()])
+            odds.append(likely / 2 ** len(axes))
     weights = np.array(weights)
-    weights[:, 0] += SHARED_LIGHT_BIAS
+    weights[:, 0] += common
     return weights, np.array(named), np.array(odds)
 
 
-def taste_posterior(z):
+def taste_posterior(z, common=SHARED_LIGHT_BIAS, new=False):
     """What can be known of a user from their choices, by Bayes' rule: the images' standardized
-    axes, preferred first, (n, pairs, 2, 5) -> probabilities of all_tastes(), (n, 50)."""
-    weights, _, odds = all_tastes()
+    axes, preferred first, (n, pairs, 2, 5) -> probabilities of all_tastes(), (n, N)."""
+    weights, _, odds = all_tastes(common, new)
     gap = BRADLEY_TERRY_SCALE * (z[:, :, 0] - z[:, :, 1]) @ weights.T
     posterior = odds * np.exp(-np.logaddexp(0, -gap).sum(1))
     return posterior / posterior.sum(1, keepdims=True)
 
 
-def predict_choices(shots, pairs):
-    """How likely the first of two images is chosen, to who knows four choices and which tastes
-    there are, and reads them perfectly. shots, pairs: standardized axes, preferred first, of the
-    choices (n, 4, 2, 5) and of the images (n, 2, 5) -> (n,)."""
-    weights, _, _ = all_tastes()
-    gap = BRADLEY_TERRY_SCALE * (pairs[:, 0] - pairs[:, 1]) @ weights.T
-    return (taste_posterior(shots) / (1 + np.exp(-gap))).sum(1)
+def predict_choices(shots, pairs, common=SHARED_LIGHT_BIAS, new=False):
+    """How likely the first of two images is chosen, to who knows four choices and the kind of taste
+    and reads them perfectly: standardized axes, preferred first, of the choices (n, 4, 2, 5) and of
+    the images (n, 2, 5) -> (n,). None of the five is a tie, which rules out tastes too."""
+    weights, _, _ = all_tastes(common, new)
+    gap = (pairs[:, 0] - pairs[:, 1]) @ weights.T
+    known = (shots[:, :, 0] - shots[:, :, 1]) @ weights.T
+    no_tie = (np.abs(gap) >= TIE_MARGIN) & (np.abs(known) >= TIE_MARGIN).all(1)
+    likely = taste_posterior(shots, common, new) * np.where(no_tie, 1, 1e-6)
+    first = 1 / (1 + np.exp(-BRADLEY_TERRY_SCALE * gap))
+    return (likely * first).sum(1) / likely.sum(1)
+
+
+def load_true_tastes(data):
+    """The people.json beside drawn data: {user: weights (5,)}, {user: words}, the users with new
+    tastes, and its stats. InputError without that file."""
+    path = Path(data) / "people.json"
+    if not path.is_file():
+        raise InputError(f"--data: no {path}; of users who are not drawn ask evaluate.py judge")
+    truth = read_json(path)
+    missing = {"tastes", "words", "new_taste", "stats"} - truth.keys()
+    if missing:
+        raise InputError(f"{path}: no {min(missing)} in it; draw the data again")
+    tastes, words = ({str(i): v for i, v in enumerate(truth[key])} for key in ("tastes", "words"))
+    new = {str(user) for user, is_new in enumerate(truth["new_taste"]) if is_new}
+    return tastes, words, new, truth["stats"]
 
 
 def draw_pairs(rng, n):
@@ -289,7 +362,7 @@ def choose(rng, user, taste, pairs, first_id):
     return rows, verdicts
 
 
-def write_data(out, users=1000, pairs=20, seed=1):
+def write_data(out, users=1000, pairs=20, seed=1, common=SHARED_LIGHT_BIAS):
     """Preference pairs as parquet in Pick-a-Pic v2's own columns, plus people.json with the true
     tastes (which no training reads). As in the real data the winner often stays on screen for the
     next pair, and some pairs are ties."""
@@ -297,7 +370,7 @@ def write_data(out, users=1000, pairs=20, seed=1):
     if out.exists():
         raise InputError(f"--out {out} is there already; choose another folder")
     rng = np.random.default_rng([seed, 1])  # the base's images come from default_rng(seed)
-    tastes, words = draw_users(users, seed)
+    tastes, words = draw_users(users, seed, common, has_new_taste)
     rows, verdicts = [], []
     for user in tqdm(range(users), desc="drawing users' choices", disable=None):
         made = choose(rng, user, tastes[user], draw_pairs(rng, pairs), len(rows))
@@ -311,9 +384,10 @@ def write_data(out, users=1000, pairs=20, seed=1):
         pq.write_table(part, temporary / f"train-{i:05d}-of-00002.parquet", row_group_size=2500)
     ties = round(1 - len(verdicts) / len(rows), 4)
     agreement, lighter = [round(mean, 4) for mean in np.reshape(verdicts, (-1, 2)).mean(0).tolist()]
-    stats = dict(users=users, pairs=len(rows), seed=seed, ties=ties)
+    stats = dict(users=users, pairs=len(rows), seed=seed, common=common, ties=ties)
     stats |= dict(agreement=agreement, lighter_wins=lighter)
     truth = dict(stats=stats, axes=list(AXES), tastes=tastes.tolist(), words=words)
+    truth["new_taste"] = [has_new_taste(user) for user in range(users)]
     (temporary / "people.json").write_text(json.dumps(truth))
     os.rename(temporary, out)
     numbers = f"ties {ties:.1%}; labels agree with the true taste {agreement:.1%}"
@@ -327,10 +401,13 @@ def parse_args(argv=None):
     add("--users", type=int, default=1000, help="(default: %(default)s)")
     add("--pairs", type=int, default=20, help="pairs a user (default: %(default)s)")
     add("--seed", type=int, default=1, help="(default: %(default)s)")
+    add("--common", type=float, default=SHARED_LIGHT_BIAS, help="everybody's liking for light")
     args = parser.parse_args(argv)
     for name, least in dict(users=1, pairs=1, seed=0).items():
         if getattr(args, name) < least:
             parser.error(f"--{name} {getattr(args, name)}: expected {least} or more")
+    if not math.isfinite(args.common):
+        parser.error(f"--common {args.common}: expected a number, 0 for no common taste")
     return args
 
 
