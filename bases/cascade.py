@@ -212,11 +212,11 @@ def attention_layers(prior):
 
 
 def response_norm(module, x):
-    """diffusers' GlobalResponseNorm of x (B, H, W, C), to rounding: its own takes ten times as long
-    on a CPU, a fifth of a sampling step."""
+    """What diffusers' GlobalResponseNorm makes of x (B, H, W, C), to rounding; theirs takes five
+    times as long on a CPU, a fifth of a sampling step."""
     norm = x.square().sum((1, 2), keepdim=True).clamp(min=1e-30).sqrt()  # 0 has no gradient
     x_norm = norm / (norm.mean(dim=-1, keepdim=True) + 1e-6)
-    return module.gamma * (x * x_norm) + module.beta + x
+    return torch.addcmul(module.beta, x, 1 + module.gamma * x_norm)
 
 
 def make_scheduler(device):
