@@ -270,12 +270,18 @@ def write_users(args, groups):
     """Groups that are read, all of the users who have any -> users' files."""
     for user in dict.fromkeys(group["user"] for group in groups):
         own = [group for group in groups if group["user"] == user]
-        profile = [group["text"] for group in own] if args.profile else None
-        fields = dict(vlm=args.vlm, layer=str(args.layer), profile=profile)
-        fields["embedding"] = torch.stack([group["state"] for group in own])
-        fields["shots"] = [[row["ranking_id"] for row in group["rows"]] for group in own]
-        fields["split"] = "train" if own[0]["rows"][0]["split"] == "train" else "unseen"
-        data.write_user(Path(args.users) / f"{user}.pt", **fields)
+        shots = [[row["ranking_id"] for row in group["rows"]] for group in own]
+        split = "train" if own[0]["rows"][0]["split"] == "train" else "unseen"
+        write_user(args, Path(args.users) / f"{user}.pt", own, shots=shots, split=split)
+
+
+def write_user(args, path, groups, **fields):
+    """One user's groups that are read -> their file; returns their profiles, or None."""
+    profile = [group["text"] for group in groups] if args.profile else None
+    reader = dict(vlm=args.vlm, layer=str(args.layer), profile=profile)
+    embedding = torch.stack([group["state"] for group in groups])
+    data.write_user(path, embedding=embedding, **reader, **fields)
+    return profile
 
 
 def pairs_with_groups(user_rows, groups):
@@ -335,13 +341,10 @@ def embed_custom_user(args):
     read = read_groups(args, vlm, groups)
     if not read:
         raise InputError(f"{args.pairs}: no group could be read")
-    texts = [group["text"] for group in read]
     out.parent.mkdir(parents=True, exist_ok=True)
-    reader = dict(vlm=args.vlm, layer=str(args.layer), profile=texts if args.profile else None)
-    embedding = torch.stack([group["state"] for group in read])
-    data.write_user(out, embedding=embedding, split="own", **reader)
-    if args.profile:
-        print("\n".join(texts))
+    profile = write_user(args, out, read, split="own")
+    if profile:
+        print("\n".join(profile))
     print(f"-> {out}, {len(read)} group{'s' if len(read) > 1 else ''}")
 
 

@@ -17,7 +17,6 @@ import math
 import platform
 import re
 import shlex
-import shutil
 import sys
 import tempfile
 import time
@@ -416,10 +415,10 @@ def choices(args):
     base = load_base_for(adapter, args)
     t_min = adapter.header.get("recipe", {}).get("t_min", 0.001)
     result = dict(t_min=t_min, draws=N_DRAWS)
-    gathered = tempfile.mkdtemp(prefix="ppd-choices-")
+    gathered = tempfile.TemporaryDirectory(prefix="ppd-choices-")  # removed whatever happens
     for kind, found in rows.items():
         # latents are cached of others
-        chosen, images = readable_pairs(found, data, base.codec, gathered, args.n or 500)
+        chosen, images = readable_pairs(found, data, base.codec, gathered.name, args.n or 500)
         names = [row["user"] for row in chosen]
         others = other_users(names)
         own = load_embeddings(adapter, users, names, [row["groups"][0] for row in chosen])
@@ -436,15 +435,9 @@ def choices(args):
         by_pair = logits["own"].mean(1).std(), logits["own"].std(1).mean() / N_DRAWS**0.5
         sd, noise = (round(float(value), 4) for value in by_pair)
         result[kind]["logit"] = dict(sd=sd, noise=noise, n=len(chosen))
-    figure = {arm.replace("_", " "): {k: result[k][arm] for k in rows} for arm in right}
-    title = "Held-out choices predicted, with 95% intervals"
-    shutil.rmtree(gathered, ignore_errors=True)
-    report(
-        args,
-        result,
-        choices_table(result),
-        dict(choices=plots.draw_bars(title, figure, "accuracy")),
-    )
+    rates = {arm.replace("_", " "): {k: result[k][arm] for k in rows} for arm in right}
+    figure = plots.draw_bars("Held-out choices predicted, with 95% intervals", rates, "accuracy")
+    report(args, result, choices_table(result), dict(choices=figure))
 
 
 def other_users(names):
