@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from utils import InputError, first_line, torch_load_safe, write_atomically
+from utils import InputError, first_line, rank_and_world, write_atomically
 
 SPLITS = ("train", "validation", "validation-unseen", "test-seen", "test-unseen")
 SALT = 22350  # of the split hashes; with it the 20 tiny test captions show all colors and shapes
@@ -120,9 +120,8 @@ def convert_data(source, columns, out):
 
 
 def read_choices(source, names):
-    """Records of a set's files by our names for their columns, images as bytes: dicts of user_id,
-    caption, image_0, image_1 and label (the first's), or image and rating. One without its images
-    is named and left out."""
+    """Records of a set's files by our names, images as bytes: dicts of user_id, caption, image_0,
+    image_1, label (the first's), or image and rating. One without its images is named, left out."""
     load = image_loader(source.parent if source.is_file() else source)
     shown = (path for path in sorted(source.rglob("*")) if not path.name.startswith("."))
     for path, number, record in read_records([source] if source.is_file() else shown):
@@ -179,9 +178,8 @@ def label_of(choice, where):
     if isinstance(choice, float) and choice.is_integer():
         choice = int(choice)
     if isinstance(choice, Number) and str(choice) not in CHOICES:
-        raise InputError(
-            f"{where}: choice {choice}; expected 1 for the first image, -1 for the other"
-        )
+        expected = "expected 1 for the first image, -1 for the other"
+        raise InputError(f"{where}: choice {choice}; {expected}")
     return CHOICES.get(str(choice), 0.5)
 
 
@@ -234,8 +232,8 @@ def look_up(table, keys, missing="people.json: no user"):
 
 
 def rows_by_id(data):
-    """A function from ranking ids to the rows of a data folder, of repeated ones to the one that
-    split_rows keeps; InputError of an id not there."""
+    """A function from ranking ids to a data folder's rows (the first of an id: what split_rows
+    keeps); InputError of an id not there."""
     rows = {}
     for row in filter(is_choice, read_rows(data)):
         rows.setdefault(row["ranking_id"], row)
@@ -286,15 +284,13 @@ def split_rows(rows, validation, test, unseen, validation_users=0.0):
     @lru_cache(None)
     def split_of(user, caption):
         fraction = hash_fraction("caption", caption)
-        kind = "validation" if fraction < validation else "train"
-        if validation <= fraction < validation + test:
-            kind = "test"
+        kind = "test" if fraction < validation + test else "train"
+        kind = "validation" if fraction < validation else kind
         fraction = hash_fraction("user", user)
         if fraction < unseen:
             return "test-unseen" if kind == "test" else "shots"
         if fraction < unseen + validation_users:
-            splits = dict(train="shots", validation="validation-unseen", test=None)
-            return splits[kind]
+            return dict(train="shots", validation="validation-unseen", test=None)[kind]
         return "test-seen" if kind == "test" else kind
 
     kept = []
@@ -306,13 +302,13 @@ def split_rows(rows, validation, test, unseen, validation_users=0.0):
             dropped["no id, caption or user"] += 1
         elif not is_choice(row):
             dropped["tie or no choice"] += 1
-        elif not is_repeated(row, first.setdefault(row["ranking_id"], row)):
+        elif is_repeated(row, first.setdefault(row["ranking_id"], row)):
+            dropped["repeated"] += 1
+        else:
             caption = unicodedata.normalize("NFC", row["caption"])
             row["split"] = split_of(row["user_id"], " ".join(caption.lower().split()))
-            row["preferred"] = 0 if row["label_0"] == 1 else 1
+            row["preferred"] = int(row["label_1"])
             dropped["validation user, test caption"] += row["split"] is None
-        else:
-            dropped["repeated"] += 1
         if row["split"]:
             kept.append(row)
     trained = {image for row in kept if row["split"] == "train" for image in image_ids(row)}
@@ -336,9 +332,8 @@ def is_repeated(row, first):
 
 def held_out_rows(users, pairs, new_tastes=()):
     """The tested rows of pairs.parquet by kind of user, in an order that only hashes decide:
-    dict(seen=, new_user=, new_taste=), the last of users among `new_tastes`, if there are any.
-    InputError, naming the folder `users`, if there is nobody, or one alone of a kind, or if a user
-    with a new taste was trained or tuned on."""
+    dict(seen=, new_user=, new_taste=) without empty ones, the last of users among `new_tastes`.
+    InputError, naming `users`, of nobody, of one alone of a kind, of a new taste trained on."""
     used = {row["user"] for row in pairs if row["split"] in ("train", "validation-unseen")}
     used = used.intersection(new_tastes)
     if used:
@@ -350,13 +345,14 @@ def held_out_rows(users, pairs, new_tastes=()):
             rows["seen"].append(row)
         elif row["split"] == "test-unseen":
             rows["new_taste" if row["user"] in new_tastes else "new_user"].append(row)
-    if not any(rows.values()):
+    rows = {kind: found for kind, found in rows.items() if found}
+    if not rows:
         raise InputError(f"--users {users}: pairs.parquet has no pair to test on")
     for kind, found in rows.items():
         if len({row["user"] for row in found}) == 1:
             problem = f"one user to test of the kind {kind}; expected 2 or more, or none"
             raise InputError(f"--users {users}: {problem}")
-    return {kind: found for kind, found in rows.items() if found}
+    return rows
 
 
 def one_each(rows, n):
@@ -397,12 +393,11 @@ def write_user(path, **fields):
 def load_user(path):
     """A user's file, written by embed.py: dict with `user` (id), `embedding` (G, S, D) float32 (G
     four-shot groups, S stored VLM states), `shots`, `profile`, `split`, `vlm`, `layer`, `version`.
-    Only tensors and plain values are read: a pickle that would run code is refused unrun. Raises
-    InputError naming the file."""
+    Only tensors and plain values: a pickle that would run code is refused. Raises InputError."""
     if not Path(path).is_file():
         raise InputError(f"{path}: no such user file; embed.py writes them")
     try:
-        user = torch_load_safe(path)
+        user = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises many kinds: unpickling, zip, end of file
         raise InputError(f"{path}: refused, not a plain user file ({type(e).__name__})") from None
     u = user.get("embedding") if isinstance(user, dict) else None
@@ -430,8 +425,7 @@ def write_pairs(folder, rows, settings):
 
 
 def read_pairs(folder):
-    """<folder>/pairs.parquet -> its rows as dicts (PAIR_COLUMNS and those of OPTIONAL_COLUMNS that
-    are there), and the settings that embed.py made it with."""
+    """<folder>/pairs.parquet -> its rows, dicts of PAIR_COLUMNS, and embed.py's settings."""
     path = Path(folder) / "pairs.parquet"
     if not path.is_file():
         raise InputError(f"--users {folder}: no pairs.parquet there; run embed.py first")
@@ -462,12 +456,9 @@ def read_pairs(folder):
 
 
 def load_training_data(folder, only=None):
-    """What train.py takes of a users folder.
-
-    only: names of users, or None for all
-    Returns dict(train=rows, validation=rows), {user: the last stored state (groups, D) float32},
-    their embedding_source, and embed.py's settings plus a digest of it all as `content`.
-    """
+    """What train.py takes of a users folder, of all users or those named in `only`:
+    dict(train=rows, validation=rows), {user: the last stored state (groups, D) float32}, their
+    embedding_source, and embed.py's settings plus a digest of it all as `content`."""
     everything, settings = read_pairs(folder)
     wanted = [row for row in everything if not only or row["user"] in only]
     rows = {split: [row for row in wanted if row["split"] == split] for split in SPLITS[:2]}
@@ -489,13 +480,12 @@ def load_training_data(folder, only=None):
         if not row["groups"] or max(row["groups"]) >= count:
             wanted = f"groups {row['groups']} of {row['user']}.pt, which has {count}"
             raise InputError(f"--users {folder}: pairs.parquet wants {wanted}")
-
     keys = ("ranking_id", "user", "preferred", "groups")
     identities = [repr([row[key] for key in keys]) for row in rows["train"]]
     content = hashlib.sha256("".join(identities).encode())
     for embedding in embeddings.values():
         content.update(embedding.numpy().tobytes())
-    settings |= dict(content=content.hexdigest()[:16])
+    settings["content"] = content.hexdigest()[:16]
     return rows, embeddings, list(sources.pop()[1:]), settings
 
 
@@ -557,6 +547,13 @@ class PreferencePairs(Dataset):
             except InputError as problem:
                 print(f"skipped: {problem}", file=sys.stderr)
         raise InputError(f"{row['file']}: 100 broken pairs one after the other")
+
+
+def batch_indices(args, step, m):
+    """Which of the training sequence's pairs this rank holds in a step's m-th micro-step."""
+    rank, world_size = rank_and_world()
+    first = step * args.batch + (m * world_size + rank) * args.micro
+    return range(first, first + args.micro)
 
 
 def collate(pairs, tokenize):

@@ -28,16 +28,7 @@ from tqdm import tqdm
 
 import data
 import utils
-from bases import encode_pixels, load_codec
-from bases.images import (
-    ImagePairs,
-    ImageStream,
-    chunk_images,
-    fit_pixels,
-    gather_rows,
-    load_shots,
-    open_image,
-)
+from bases import images, load_codec
 from bases.latents import CachedLatents
 from bases.llava import PROFILE_TOKENS, embed_users, load_vlm, prepare_group
 from rewards import REWARDS, make_synthetic_users
@@ -59,9 +50,8 @@ def parse_args(argv=None):
     parser = utils.make_parser("embed.py", __doc__)
     add = parser.add_argument
     add("--data", help="parquet folder in Pick-a-Pic v2's columns, or a dataset id")
-    add(
-        "--columns", help="another set's columns: theirs=ours,... or " + ", ".join(data.COLUMN_MAPS)
-    )
+    known = ", ".join(data.COLUMN_MAPS)
+    add("--columns", help=f"another set's columns: theirs=ours,... or {known}")
     add("--users", help="folder to write (default: users; with --one-hot users-onehot)")
     add("--pairs", metavar="JSONL", help="your own choices; image paths relative to the file")
     add("--out", help="with --pairs: the user file to write, e.g. me.pt")
@@ -82,7 +72,7 @@ def parse_args(argv=None):
     add("--latents", help="folder of the latents (default: latents, beside the data)")
     add("--base", default="tiny", help="(default: %(default)s)")
     add("--decoder", help="(default: stabilityai/stable-cascade)")
-    add("--grid", type=int, default=24, help="(default: %(default)s)")
+    add("--grid", type=int, help="(default: the base's own, Stable Cascade 24)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     add("--workers", type=int, default=0, help="processes that read images (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -107,30 +97,23 @@ def check_args(args, error):
             args.layer = int(args.layer)
         except ValueError:
             error(f"--layer {args.layer}: expected a number or all")
-    for name, least in dict(shots=1, groups=1, batch=1, grid=1, workers=0).items():
-        if getattr(args, name) < least:
-            error(f"--{name} {getattr(args, name)}: expected {least} or more")
+    check = partial(utils.check_flags, args, error)
+    check("shots groups batch grid", lambda v: v >= 1, "1 or more")
+    check("workers", lambda v: v >= 0, "0 or more")
+    check(" ".join(SHARES), lambda v: 0 <= v < 1, "a share in [0, 1)")
     if len(set(args.one_hot)) < len(args.one_hot):
         error("--one-hot: a reward is named twice")
     for name in args.one_hot:
         if name not in ONE_HOT.split():
             error(f"--one-hot {name}: no such reward; choose from {ONE_HOT}")
-    check_shares(args, error)
-
-
-def check_shares(args, error):
-    for name in SHARES:
-        if not 0 <= getattr(args, name) < 1:
-            error(f"{utils.flag(name)} {getattr(args, name)}: expected a share in [0, 1)")
     for some, others, what in ((*SHARES[:2], "caption"), (*SHARES[2:], "user")):
         if getattr(args, some) + getattr(args, others) >= 1:
             error(f"{utils.flag(some)} and {utils.flag(others)} leave no {what} to train on")
 
 
 def read_groups(args, vlm, groups):
-    """Add `state` and `text` to each of prepare_group()'s groups; returns those that could be read,
-    the others, by their `name`, are told. Batches are of similar length, and smaller the longer
-    they are: attention's memory grows with the square."""
+    """Add `state` and `text` to prepare_group()'s groups; returns those that could be read, names
+    the others. Longer ones are in smaller batches: attention's memory grows with the square."""
 
     def length(group):
         return max(1000, sum(map(len, group["captions"])))
@@ -162,8 +145,8 @@ def load_profiles(users, names, folder, device):
         vlm = load_vlm(files[0]["vlm"], utils.pick_device(device))
         step = 50 if files[0]["vlm"] == "tiny" else 1
         for i in tqdm(range(0, len(files), step), "writing profiles", leave=False, disable=None):
-            shots = [file["shots"][0] for file in files[i : i + step]]
-            groups = [load_shots(folder, rows(ids)) for ids in shots]
+            ids = [file["shots"][0] for file in files[i : i + step]]
+            groups = [images.load_shots(folder, rows(group)) for group in ids]
             _, texts[i : i + step] = embed_users(vlm, groups, profile=True)
         del vlm  # free its memory
         torch.cuda.empty_cache()
@@ -193,9 +176,8 @@ def embed_all_users(args, rows, settings):
         raise InputError(f"--data {args.data}: {few}; expected {args.shots} to read and one more")
 
     needed = [row for user_groups in groups.values() for group in user_groups for row in group]
-    folder, located = gather_rows(needed, args.data, Path(args.users) / "shots")
-    if world_size > 1:
-        dist.barrier()
+    folder, located = images.gather_rows(needed, args.data, Path(args.users) / "shots")
+    utils.all_gather_objects(None)  # wait for the others' shares
     mine = sorted(groups)[rank::world_size]
     pending = [user for user in mine if not is_written(args, user, groups[user])]
     if pending:
@@ -207,8 +189,7 @@ def embed_all_users(args, rows, settings):
             for prepared in batches:
                 write_users(args, read_groups(args, vlm, sum(prepared, [])))
                 progress.update(len(prepared))
-    if world_size > 1:
-        dist.barrier()
+    utils.all_gather_objects(None)  # wait for the others' users
     if rank == 0:
         pair_users_with_groups(args, user_rows, groups, settings)
         shutil.rmtree(Path(args.users) / "shots", ignore_errors=True)
@@ -225,8 +206,7 @@ def file_stem(user):
 
 @dataclass
 class GroupReader(torch.utils.data.Dataset):
-    """A user's prepare_group()s, read by a worker. A group with a broken image is named and left
-    out."""
+    """A user's prepare_group()s, by a worker. A group with a broken image is named, left out."""
 
     groups: dict  # {user: groups of rows}
     folder: Path
@@ -243,7 +223,7 @@ class GroupReader(torch.utils.data.Dataset):
             name = f"user {user}: a group of {len(rows)}"
             try:
                 there = [self.located[row["ranking_id"]] for row in rows]
-                group = prepare_group(self.processor, load_shots(self.folder, there))
+                group = prepare_group(self.processor, images.load_shots(self.folder, there))
             except InputError as problem:
                 print(f"{name} is left out: {problem}", file=sys.stderr)
             else:
@@ -285,19 +265,23 @@ def write_user(args, path, groups, **fields):
 
 
 def pairs_with_groups(user_rows, groups):
-    """Each pair with those groups of its user that show none of its images; and how many have no
-    such group. groups: {user: groups of rows}"""
+    """Each pair with its user's groups that show none of its images; how many have none."""
     pairs = []
     n_overlapping = 0
     for user in sorted(groups):
-        shown = [set().union(*map(data.image_ids, group)) for group in groups[user]]
+        shown = images_shown(groups[user])
         for row in user_rows[user]:
-            allowed = [i for i, images in enumerate(shown) if not images & data.image_ids(row)]
+            allowed = [i for i, ids in enumerate(shown) if not ids & data.image_ids(row)]
             if row["split"] != "shots" and allowed:
                 pairs.append(row | dict(user=user, groups=allowed))
             elif row["split"] != "shots":
                 n_overlapping += 1
     return pairs, n_overlapping
+
+
+def images_shown(groups):
+    """The ids of the images in each of these groups of rows, a list of sets."""
+    return [set().union(*map(data.image_ids, group)) for group in groups]
 
 
 def pair_users_with_groups(args, user_rows, groups, settings):
@@ -313,8 +297,8 @@ def pair_users_with_groups(args, user_rows, groups, settings):
         raise InputError(f"--data {args.data}: no pair is left; no group could be read")
     data.write_pairs(args.users, pairs, settings)
     n_few = len(user_rows) - len(groups)
-    why = "every group of their user contains them or one of their images"
     n_groups = sum(map(len, read.values()))
+    why = "every group of their user contains them or one of their images"
     print(f"{len(groups)} users, {n_groups} groups; {n_few} have fewer than {args.shots} choices")
     print(f"{len(pairs)} pairs, {n_overlapping} dropped because {why}")
 
@@ -328,17 +312,14 @@ def embed_custom_user(args):
     if len(shots) < args.shots:
         raise InputError(f"{args.pairs}: {len(shots)} choices; expected at least {args.shots}")
     n_groups = min(args.groups, len(shots) // args.shots)
-    rest = len(shots) - n_groups * args.shots
-    if rest:
-        print(
-            f"the last {rest} of {len(shots)} lines are not used: {n_groups} groups of {args.shots}"
-        )
+    n_used = n_groups * args.shots
+    if n_used < len(shots):
+        why = f"{n_groups} groups of {args.shots}"
+        print(f"the last {len(shots) - n_used} of {len(shots)} lines are not used: {why}")
     vlm = load_vlm(args.vlm, utils.pick_device(args.device))
-    groups = [shots[i * args.shots : (i + 1) * args.shots] for i in range(n_groups)]
-    groups = [
-        prepare_group(vlm[2], group) | dict(name=f"{args.pairs}: a group") for group in groups
-    ]
-    read = read_groups(args, vlm, groups)
+    groups = [shots[i : i + args.shots] for i in range(0, n_used, args.shots)]
+    name = dict(name=f"{args.pairs}: a group")
+    read = read_groups(args, vlm, [prepare_group(vlm[2], group) | name for group in groups])
     if not read:
         raise InputError(f"{args.pairs}: no group could be read")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -366,8 +347,8 @@ def read_own_choices(source):
         except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
             raise InputError(f"{source} line {number}: expected {CHOICE}") from None
         name = f"{source} line {number}"
-        images = [open_image(source.parent / path, f"{name}: {path}") for path in paths]
-        shots.append((caption, *images))
+        pair = [images.open_image(source.parent / path, f"{name}: {path}") for path in paths]
+        shots.append((caption, *pair))
     return shots
 
 
@@ -382,32 +363,30 @@ def cache_latents(args):
     dtype = utils.pick_dtype(args.dtype, device)  # the base's
     codec = load_codec(args.base, device, dtype, args.decoder, args.grid)
     needed = [row for row in pairs if row["split"] in ("train", "validation")]
-    ImagePairs(folder, codec, needed)  # InputError if a file is not there
+    images.ImagePairs(folder, codec, needed)  # InputError if a file is not there
 
     latents = CachedLatents(args.latents or folder / "latents", codec, dtype)
     if rank == 0:
         latents.create(data.read_rows(folder))
-    if world_size > 1:
-        dist.barrier()
+    utils.all_gather_objects(None)  # wait for rank 0
     missing = latents.open().missing(needed)
-    if world_size > 1:
-        dist.barrier()  # all have looked before anybody writes, so that the shares are disjoint
-    groups = chunk_images(folder, missing.values(), args.batch)[rank::world_size]
-    fit = partial(fit_pixels, side=codec.image_size, resample=codec.resample)
+    utils.all_gather_objects(None)  # all have looked before anybody writes: the shares are disjoint
+    groups = images.chunk_images(folder, missing.values(), args.batch)[rank::world_size]
+    fit = partial(images.fit_pixels, side=codec.image_size, resample=codec.resample)
     total = sum(len(chunk) for chunks in groups for chunk in chunks)
     n_broken = 0
     how = dict(batch_size=None, num_workers=args.workers, collate_fn=tuple)
     progress = tqdm(total=total, desc="encoding images", unit="image", disable=None)
-    with data.loading(ImageStream(groups, folder, fit), **how) as chunks, progress:
-        for chunk, images in chunks:
-            readable = [k for k, pixels in enumerate(images) if pixels is not None]
-            encoded = torch.full((len(images), *codec.latent_shape), torch.nan, dtype=dtype)
+    with data.loading(images.ImageStream(groups, folder, fit), **how) as chunks, progress:
+        for chunk, fitted in chunks:
+            readable = [k for k, pixels in enumerate(fitted) if pixels is not None]
+            encoded = torch.full((len(chunk), *codec.latent_shape), torch.nan, dtype=dtype)
             if readable:
-                pixels = torch.cat([images[k] for k in readable]).to(device)
-                encoded[readable] = encode_pixels(codec, pixels, dtype).cpu()
+                pixels = torch.cat([fitted[k] for k in readable]).to(device)
+                encoded[readable] = images.encode_pixels(codec, pixels, dtype).cpu()
             latents.write([data.image_key(*source) for source in chunk], encoded)
-            n_broken += len(images) - len(readable)
-            progress.update(len(images))
+            n_broken += len(chunk) - len(readable)
+            progress.update(len(chunk))
     name = str(dtype).removeprefix("torch.")
     broken = f", {n_broken} broken" if n_broken else ""
     print(f"-> {latents.folder}: {total} more images of {latents.shape} {name}{broken}")
@@ -436,8 +415,7 @@ def make_users(args):
         data.convert_data(source, args.columns, args.data)
     elif rank == 0 and not Path(args.data).exists():
         world.write_data(args.data)
-    if dist.is_initialized():
-        dist.barrier()
+    utils.all_gather_objects(None)  # wait for rank 0
     shares = [getattr(args, name) for name in SHARES]
     rows, dropped = data.split_rows(data.read_rows(args.data), *shares)
     if rank == 0:

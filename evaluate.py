@@ -37,7 +37,7 @@ from bases.images import load_shots, read_images, readable_pairs
 from data import hash_fraction, held_out_rows, load_user, look_up, one_each, read_pairs, rows_by_id
 from ppd import UserAdapter
 from rewards import N_DRAWS, REWARDS, implicit_logits, score
-from sample import check_guidance, generate, load_base_for, load_user_embedding, read_prompts
+from sample import GUIDANCE, generate, load_base_for, load_user_embedding, read_prompts
 from tiny import world
 from utils import InputError
 
@@ -59,8 +59,8 @@ def common_arguments(parser):
     add("--baselines", help="folder of the baselines' runs; those not there are trained")
     add("--latents", help="folder of cached latents that they train on, if not beside the data")
     add("--prompts", help="captions, as sample.py takes them (default: the held-out ones)")
-    add("--steps", type=int, help="denoising steps (default: tiny 8, full scale 30)")
-    add("--guidance", type=float, help="classifier-free guidance (default: tiny 3, full scale 4)")
+    add("--steps", type=int, help="denoising steps (default: the base's, e.g. 30)")
+    add("--guidance", type=float, help="classifier-free guidance (default: the base's, e.g. 4)")
     add("--batch", type=int, default=16, help="images at once (default: %(default)s)")
     add("--seed", type=int, default=10_000, help="of the first image (default: %(default)s)")
     add("--out", help="folder to write (default: the adapter's)")
@@ -91,18 +91,15 @@ def parse_args(argv=None):
 
 def finish_args(args, parser, argv):
     """Check the shared flags; add where to write, and the command and time to put with results."""
-    for key, least in dict(n=2, steps=1, batch=1).items():
-        value = getattr(args, key)
-        if value is not None and value < least:
-            parser.error(f"--{key} {value}: expected {least} or more")
-    if not 0 <= args.seed < 2**62:
-        parser.error(f"--seed {args.seed}: expected 0 to 2^62")
-    check_guidance(args.guidance, parser.error)
-    problem = "no such file or folder; train.py writes runs/<name>"
-    if args.adapter and not Path(args.adapter).exists():
-        parser.error(f"--adapter {args.adapter}: {problem}")
+    check = partial(utils.check_flags, args, parser.error)
+    check("n", lambda v: v >= 2, "2 or more")
+    check("steps batch", lambda v: v >= 1, "1 or more")
+    check("seed", lambda v: 0 <= v < 2**62, "0 to 2^62")
+    check("guidance", lambda v: 0 <= v < math.inf, GUIDANCE)
+    adapter = Path(args.adapter or "")
+    if not adapter.exists():
+        parser.error(f"--adapter {adapter}: no such file or folder; train.py writes runs/<name>")
     if args.out is None:
-        adapter = Path(args.adapter)
         args.out = str(adapter if adapter.is_dir() else adapter.parent)
     args.made_by = shlex.join(["python", parser.prog, *(sys.argv[1:] if argv is None else argv)])
     args.sampling = dict(batch=args.batch, steps=args.steps, guidance=args.guidance)
@@ -254,12 +251,12 @@ def evaluate_users(args):
     names = {kind: [row["user"] for row in one_each(r, args.n or 40)] for kind, r in rows.items()}
     captions = {row["caption"] for found in rows.values() for row in found}
     captions = sorted(captions, key=lambda text: hash_fraction("evaluation", text))[:N_CAPTIONS]
+    train_users = sorted({row["user"] for row in pairs if row["split"] == "train"})
+    read = load_embeddings(adapter, users, train_users).cpu()  # what is wrong with them shows now
     base = load_base_for(adapter, args)
     images, z = shared_images(args, base, captions, adapter)
-    train_users = sorted({row["user"] for row in pairs if row["split"] == "train"})
-    fitted = load_embeddings(adapter, users, train_users).cpu()
     known = torch.tensor(look_up(tastes, train_users))
-    readout = ridge(fitted, known - known.mean(0))
+    readout = ridge(read, known - known.mean(0))
     result = dict(captions=captions, base=rate_ci(world.fidelity(images["base"][0], captions)))
     for kind, some in names.items():
         embeddings = load_embeddings(adapter, users, some)
@@ -284,8 +281,7 @@ def evaluate_users(args):
 
 
 def cross_images(args, base, captions, adapter, embeddings, desc=None):
-    """For each embedding (N, D), or for the base (None), an image of each caption, N rows of them;
-    all get the same noise."""
+    """Rows of images of all captions, by each embedding (N, D) or the base (None), one noise."""
     n = 1 if embeddings is None else len(embeddings)
     seeds = [args.seed + i for i in range(len(captions))]
     each = None if embeddings is None else embeddings.repeat_interleave(len(captions), 0)
@@ -390,9 +386,8 @@ def users_table(result):
     titles |= dict(right_assignment="two images to their two users")
     titles |= dict(win_rate="own image over the base's")
     titles |= dict(zero_win_rate="the zero user's image over the base's")
-    titles |= dict(
-        other_win_rate="another's image over the base's", fidelity="color and shape kept"
-    )
+    titles |= dict(other_win_rate="another's image over the base's")
+    titles |= dict(fidelity="color and shape kept")
     titles |= dict(readout="read-out of one's own in the taste, cosine")
     kinds = {kind: result[kind] for kind in KINDS if kind in result}
     header = [f"{KINDS[kind]}, n = {r['gain']['n']}" for kind, r in kinds.items()]
@@ -441,8 +436,7 @@ def choices(args):
 
 
 def other_users(names):
-    """For each row the index of a row of another user, half the list away where it can be.
-    InputError if there is one user only."""
+    """For each row the index of another user's, half the list away; InputError of one user."""
     n = len(names)
     if len(set(names)) < 2:
         raise InputError(f"{n} choices, of fewer than two users; expected more: give a larger --n")
@@ -466,9 +460,8 @@ def shown_axes(data, users, rows, folder, find):
 
 def summarize_choices(right, names):
     """{arm: 1 where a choice is predicted, 0.5 for a tie (B,)} of the users `names` -> accuracies,
-    and own minus zero and minus other, paired; intervals by resampling users, with p of no
-    difference: from their spread, and McNemar's exact one, for which pairs are independent. With
-    fewer than ten users pairs are resampled."""
+    and own minus zero and minus other, paired; intervals by resampling users (pairs, if users are
+    fewer than ten), p of no difference by their spread, and McNemar's, of independent pairs."""
     size = dict(n=len(names), users=len(set(names)))
     clusters = names if size["users"] >= 10 else range(len(names))
     owner = np.unique(clusters, return_inverse=True)[1]
@@ -507,9 +500,8 @@ def mcnemar(a, b):
 
 def choices_table(result):
     titles = dict(own="own embedding", zero="zero user", other="another's embedding")
-    titles |= dict(
-        perfect_reader="a perfect reader of the four choices", true_taste="the true taste"
-    )
+    titles |= dict(perfect_reader="a perfect reader of the four choices")
+    titles |= dict(true_taste="the true taste")
     kinds = {kind: result[kind] for kind in KINDS if kind in result}
     rows = []
     for arm, title in titles.items():
@@ -524,9 +516,8 @@ def choices_table(result):
         rows.append([f"own minus {titles[arm]}", *cells])
     noise = [f"{r['logit']['sd']:.3g}, {r['logit']['noise']:.3g}" for r in kinds.values()]
     rows.append(["logit at beta 1: s.d. over pairs, of one pair's mean", *noise])
-    header = [
-        f"{KINDS[k]}, {r['own']['n']} choices of {r['own']['users']}" for k, r in kinds.items()
-    ]
+    own = {KINDS[kind]: r["own"] for kind, r in kinds.items()}
+    header = [f"{title}, {r['n']} choices of {r['users']}" for title, r in own.items()]
     return markdown_table(["choices predicted", *header], rows)
 
 
@@ -539,13 +530,6 @@ def to_flags(settings, keys):
             values = value if isinstance(value, list) else [value]
             flags += [utils.flag(key), *(v for v in values if v is not True)]
     return flags
-
-
-def baselines_of(vectors, users):
-    """Table 1's baselines: {name: (users folder, what differs from the adapter's settings)}."""
-    own_labels = users.with_name(users.name + "-own")
-    found = dict(dpo=(own_labels, dict(objective="dpo")), sft=(users, dict(objective="sft")))
-    return found | {f"dpo-{n}": (users, dict(objective="dpo", only=[n])) for n in vectors}
 
 
 def expected_recipe(adapter, changes):
@@ -613,8 +597,10 @@ def reward_arms(args, adapter, vectors, users, settings):
     ppd = {("PPD", name): (adapter, vector) for name, vector in vectors.items()}
     if not args.baselines:
         return arms | ppd
-    baselines = baselines_of(vectors, users)
-    own_labels = baselines["dpo"][0]
+    own_labels = users.with_name(users.name + "-own")
+    # {name: (users folder, what differs from the adapter's settings)}
+    baselines = dict(dpo=(own_labels, dict(objective="dpo")), sft=(users, dict(objective="sft")))
+    baselines |= {f"dpo-{n}": (users, dict(objective="dpo", only=[n])) for n in vectors}
     flags = to_flags(settings, ("data", *embed.SHARES))
     own = ["--users", own_labels, "--device", args.device]
     commands = [[*flags, *own, "--one-hot", "own"]]
@@ -696,8 +682,7 @@ def rewards_table(result):
     wins = [[f"PPD's win rate, n = {n}", *titles]]
     crossed = [["mean reward of PPD's images", *(f"for {title}" for title in titles)]]
     for method, r in result["table_1"].items():
-        cells = [format_rate(v) if "rate" in v else format_mean(v) for v in r.values()]
-        means.append([method, *cells])
+        means.append([method, *map(format_value, r.values())])
     for method in result["figure_3"][names[0]]:
         rates = [result["figure_3"][name][method] for name in names]
         wins.append([f"over {method}", *map(format_rate, rates)])
@@ -739,8 +724,7 @@ def summarize_verdicts(verdicts):
 
 
 def open_journal(args, adapter):
-    """judge.jsonl: what is judged already, {(kind, user): line}. InputError if it was begun with
-    other settings."""
+    """judge.jsonl and what is judged in it, {(kind, user): line}; InputError of other settings."""
     digest = hashlib.sha256(adapter.path.read_bytes()).hexdigest()[:16]
     settings = dict(judge=args.judge, url=args.judge_url, adapter=digest, seed=args.seed)
     settings |= dict(steps=args.steps, guidance=args.guidance)
@@ -773,51 +757,50 @@ def judge(args):
         for kind, found in held_out_rows(users, pairs, new).items()
     }
     cases = [(kind, row) for kind, found in selected.items() for row in found]
-    seeds = {(kind, row["user"]): args.seed + i for i, (kind, row) in enumerate(cases)}
     rows = rows_by_id(data)
     args.judge = args.judge or load_user(users / f"{cases[0][1]['user']}.pt")["vlm"]
     base = load_base_for(adapter, args)
     journal, done = open_journal(args, adapter)
-    pending = [(kind, row) for kind, row in cases if (kind, row["user"]) not in done]
+    numbered = [(*case, args.seed + i) for i, case in enumerate(cases)]
+    pending = [case for case in numbered if (case[0], case[1]["user"]) not in done]
     ask = load_judge(args) if pending else None
     sheet = []
     for i in tqdm(range(0, len(pending), args.batch), desc="judging", disable=None):
-        chunk = pending[i : i + args.batch]
-        captions = [row["caption"] for _, row in chunk]
-        noise = [seeds[kind, row["user"]] for kind, row in chunk]
-        names, groups = zip(*((row["user"], row["groups"][0]) for _, row in chunk), strict=True)
-        embeddings = load_embeddings(adapter, users, names, groups)
-        theirs = generate(base, captions, noise, **args.sampling)
-        ours = generate(base, captions, noise, adapter, embeddings, **args.sampling)
-        for k, (kind, row) in enumerate(chunk):
+        kinds, chunk, seeds = zip(*pending[i : i + args.batch], strict=True)
+        captions = [row["caption"] for row in chunk]
+        names = [row["user"] for row in chunk]
+        embeddings = load_embeddings(adapter, users, names, [row["groups"][0] for row in chunk])
+        theirs = generate(base, captions, seeds, **args.sampling)
+        ours = generate(base, captions, seeds, adapter, embeddings, **args.sampling)
+        for kind, row, *pair in zip(kinds, chunk, ours, theirs, strict=True):
+            user = row["user"]
             try:
-                user = load_user(users / f"{row['user']}.pt")
-                shots = load_shots(data, rows(user["shots"][row["groups"][0]]))
+                group = load_user(users / f"{user}.pt")["shots"][row["groups"][0]]
+                shots = load_shots(data, rows(group))
                 real = read_images(data, row, (row["preferred"], 1 - row["preferred"]))
             except InputError as problem:
-                print(f"user {row['user']} is left out: {problem}", file=sys.stderr)
+                print(f"user {user} is left out: {problem}", file=sys.stderr)
                 continue
             text = llava.build_vlm_prompt([shot[0] for shot in shots], "judge", row["caption"])
             images = [image for shot in shots for image in shot[1:]]
-            pair = [ours[k], theirs[k]]
             answers = ask(text, [images + p for p in (pair, pair[::-1], real, real[::-1])])
-            line = dict(kind=kind, user=row["user"], pictures=parse_verdict(*answers[:2]))
+            line = dict(kind=kind, user=user, pictures=parse_verdict(*answers[:2]))
             line["real"] = parse_verdict(*answers[2:])
             if tastes:
-                utilities = world.utility(look_up(tastes, [row["user"]])[0], pair)
+                utilities = world.utility(look_up(tastes, [user])[0], pair)
                 line["truth"] = float(win_indicator(*utilities))
-            done[kind, row["user"]] = line
+            done[kind, user] = line
             utils.append_line(journal, json.dumps(line))
             if len(sheet) < 8:
-                sheet.append((f"{row['user']}\n{kind}: {line['pictures']}", theirs[k], ours[k]))
-    result = dict(judge=args.judge, people={}, accuracy=None)
+                sheet.append((f"{user}\n{kind}: {line['pictures']}", *pair[::-1]))
+    accuracy = summarize_verdicts([line["real"] for line in done.values()])
+    result = dict(judge=args.judge, people={}, accuracy=accuracy)
     truth = {}
     for kind in (*selected, "all"):
         lines = [line for line in done.values() if kind in (line["kind"], "all")]
         result["people"][kind] = summarize_verdicts([line["pictures"] for line in lines])
         if is_drawn:
             truth[kind] = rate_ci([line["truth"] for line in lines])
-    result["accuracy"] = summarize_verdicts([line["real"] for line in done.values()])
     result |= dict(truth=truth) if is_drawn else {}
     images = {}  # if nothing was left to judge the sheet is there already
     if sheet:
@@ -826,8 +809,7 @@ def judge(args):
     if all(r["n"] for r in result["people"].values()):
         series = {"by the true taste": truth} if is_drawn else {}
         series[f"by the judge, {Path(args.judge).name}"] = result["people"]
-        title = "Win rate over the base, with 95% intervals"
-        images["figure_5"] = plots.draw_bars(title, series)
+        images["figure_5"] = plots.draw_bars("Win rate over the base, with 95% intervals", series)
     report(args, result, judge_table(result), images)
 
 

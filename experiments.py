@@ -22,16 +22,7 @@ import evaluate
 import plots
 import utils
 from bases.images import load_shots
-from data import (
-    hash_fraction,
-    held_out_rows,
-    image_ids,
-    load_user,
-    look_up,
-    one_each,
-    read_pairs,
-    rows_by_id,
-)
+from data import hash_fraction, held_out_rows, load_user, look_up, one_each, read_pairs, rows_by_id
 from ppd import UserAdapter
 from rewards import REWARDS, score
 from sample import load_base_for, load_user_embedding
@@ -43,10 +34,15 @@ TOP_K = (1, 2, 4, 8, 16)
 TUNED = dict(beta=(1.0, 0.5, 2.0), t_min=(0.95, 0.85, 0.9))
 TUNED |= dict(guidance=(3.0, 2.0, 1.5), steps=(8, 12, 20))
 TRAINED = ("beta", "t_min")  # of these, what wants a new run
+# what measure() gives, by its title in tables
+MEASURED = {"personal gain": "gain", "own over another's": "own_over_other"}
+MEASURED |= {"color and shape": "fidelity"}
 # train.py's flags for one change from its defaults; see ablations
 CHANGES = {"default": "", "default, seed 1": "--seed 1", "default, seed 2": "--seed 2"}
 CHANGES |= {"1 user token": "--tokens 1", "projector without biases": "--bias-free"}
 CHANGES |= {"no user drop": "--user-drop 0", "separate noise": "--noise separate"}
+# what makes the loss explode, and its cures
+COLLAPSE = {"no guard": "--lr 0.005 --beta 0.05", "guard": "--lr 0.005 --beta 0.05 --guard"}
 
 
 def parse_args(argv=None):
@@ -62,7 +58,7 @@ def parse_args(argv=None):
     if args.command == "classify":
         args.users = args.users or "users-classify"
         args.out = args.out or args.users
-    elif args.command in ("tune", "ablations"):
+    elif args.command in ("tune", "ablations", "collapse"):
         args.users, args.out = args.users or "users", args.out or f"runs/{args.command}"
     else:
         args.adapter = args.adapter or "runs/ppd"
@@ -121,26 +117,23 @@ def spearman(weights, scores):
             return 0.0
         return float(np.corrcoef(ranks(weights), ranks(means))[0, 1])
 
-    rng = np.random.default_rng(0)
+    def statistics(prompts):
+        return dict(spearman=correlation(scores[:, prompts].mean(1)))
+
     n = scores.shape[1]
-    resampled = [correlation(scores[:, rng.integers(n, size=n)].mean(1)) for _ in range(1000)]
-    interval = [round(float(q), 4) for q in np.quantile(resampled, (0.025, 0.975))]
+    interval = evaluate.bootstrap_ci(statistics, n)["spearman"]
     return dict(spearman=round(correlation(scores.mean(1)), 4), n=n, ci95=interval)
 
 
 def figure_4(result, title, images):
-    """The images over the simplex of weights, the mean scores over it, and along its edges. images:
-    {point: PIL image}."""
+    """Images, {point: PIL image} as in result["map"], and mean scores over the simplex; edges."""
     names = list(result["map"][0]["weights"])
-    means = {}
-    for entry in result["map"]:
-        point = tuple(round(10 * weight) for weight in entry["weights"].values())
-        if not (point[0] % 2 or point[1] % 2):  # fifths
-            means[point] = {name: m["mean"] for name, m in entry["means"].items()}
+    means = dict(zip(images, (entry["means"] for entry in result["map"]), strict=True))
+    fifths = [point for point in images if not (point[0] % 2 or point[1] % 2)]
     figure, axes = plots.new_figure(2, 4, size=(4.2, 4.2))
-    plots.draw_simplex(axes[0], title, names, {point: images[point] for point in means})
+    plots.draw_simplex(axes[0], title, names, {point: images[point] for point in fifths})
     for axis, name in zip(axes[1:4], names, strict=True):
-        values = {point: by_name[name] for point, by_name in means.items()}
+        values = {point: means[point][name]["mean"] for point in fifths}
         plots.draw_simplex(axis, f"mean {name}", names, values)
     ticks = [f"{w / 10:g}" for w in range(11)]
     pairs = zip(result["edges"][::2], result["edges"][1::2], strict=True)
@@ -149,7 +142,7 @@ def figure_4(result, title, images):
         for edge in pair:
             line = [[m["mean"], *m["ci95"]] for m in edge["means"]]
             if edge["reward"] in REWARDS:  # in units of their own: here in deviations
-                every = [entry["means"][edge["reward"]]["mean"] for entry in result["map"]]
+                every = [by_name[edge["reward"]]["mean"] for by_name in means.values()]
                 line = (np.array(line) - np.mean(every)) / np.std(every)
             series[edge["reward"]] = line
         a, b = pair[0]["edge"]
@@ -173,10 +166,9 @@ def classify(args):
     layer, read after the prompt (--users) and after a written profile (--profile-users).
 
     One group a user is for the test, one to choose the epoch; a group that shares an image with
-    either trains nothing (the winner of a pair stays on screen, so many would). On the drawn world
-    also two ceilings, as few distinct tastes exist. Captions may recur among a user's groups: on
-    real data that tells users apart too.
-    """
+    either trains nothing (winners stay on screen, so many would). On the drawn world also two
+    ceilings, as few tastes exist. Captions may recur in a user's groups: on real data that tells
+    users apart too."""
     evaluate.read_results(args)
     users = Path(args.users)
     pairs, settings = read_pairs(users)
@@ -186,8 +178,8 @@ def classify(args):
     names = list(train_groups)
     n_groups = sum(map(len, train_groups.values()))
     result = dict(people=len(names), groups=n_groups, states={})
-    split = f"{n_groups} groups to train on, one each to choose the epoch, to test"
-    print(f"{len(names)} users; {split}")
+    use = "to train on, one each to choose the epoch, to test"
+    print(f"{len(names)} users; {n_groups} groups {use}")
     for kind, folder in (("prompt", users), ("profile", args.profile_users)):
         if folder:
             files = [load_user(Path(folder) / f"{name}.pt") for name in names]
@@ -202,19 +194,16 @@ def classify(args):
 
 
 def select_users(args, users, pairs, rows):
-    """{user: groups to train on} of --n users with ten groups or more, by hash. InputError if there
-    are not 20."""
+    """{user: groups to train on} of --n users of ten groups or more; InputError of under 20."""
     train_groups = {}
     names = {row["user"] for row in pairs}
     for name in sorted(names, key=lambda name: hash_fraction("classify", name)):
         groups = load_user(users / f"{name}.pt")["shots"]
         if len(groups) < 10:
             continue
-        shown = [set().union(*map(image_ids, rows(group))) for group in groups]
-        if shown[0] & shown[1]:
-            continue
-        clean = [g for g in range(2, len(groups)) if not shown[g] & (shown[0] | shown[1])]
-        if clean:
+        test, validation, *others = embed.images_shown(map(rows, groups))
+        clean = [g for g, shown in enumerate(others, 2) if not shown & (test | validation)]
+        if clean and not test & validation:
             train_groups[name] = clean
         if len(train_groups) == (args.n or 300):
             break
@@ -248,8 +237,7 @@ def rank_by_layer(kind, files, train_groups, seed):
 
 def classifier(x, owners, validation, test, seed, epochs=60):
     """An MLP from embeddings x (N, D) to users, owners (N,), at its best epoch on `validation` ->
-    rank (0 is first) of each user for their own embedding in `test`; both are (users, D), in
-    order."""
+    rank (0 is first) of each user for their own embedding in `test`; both (users, D), in order."""
     torch.manual_seed(seed)
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
     x, validation, test = ((v - mean) / std for v in (x, validation, test))
@@ -378,8 +366,9 @@ def profiles(args):
             clip = score("clip", images[arm], captions, str(base.device))
             result["arms"][arm] = dict(clip=evaluate.mean_ci(clip))
     result["profiles"] = dict(zip(names[:8], written, strict=False))
-    labels = [f"{captions[i][:60]}\n{likes[i]}VLM: {written[i][:60]}" for i in range(len(rows))][:8]
-    sheet = [[images[arm][i] for arm in arms] for i in range(len(labels))]
+    cells = zip(captions[:8], likes, written, strict=False)
+    labels = [f"{caption[:60]}\n{like}VLM: {text[:60]}" for caption, like, text in cells]
+    sheet = list(zip(*(images[arm][:8] for arm in arms), strict=True))
     titles = [arm.replace(", profile in the caption", "\n+ profile") for arm in arms]
     figure = plots.image_grid(sheet, labels, titles)
     evaluate.report(args, result, profiles_table(result), dict(figure_6=figure))
@@ -402,9 +391,8 @@ def profiles_table(result):
 
 def tune(args):
     """Chooses settings on validation users and captions, which no test shows: short runs of one
-    seed, one setting after the other, the largest personal gain kept among those that lose at most
-    0.05 of the color and shape that the base keeps by its own settings; if none does, what keeps
-    most."""
+    seed, one setting after the other, the largest personal gain among those that lose at most 0.05
+    of the color and shape that the base keeps by its own settings; if none, what keeps most."""
     if args.steps or args.guidance is not None:
         raise InputError("tune: --steps and --guidance are what it chooses")
     validation = validation_users(args)
@@ -427,15 +415,13 @@ def tune(args):
             chosen = max(kept, key=lambda t: t["gain"]["mean"])["setting"]
         else:
             chosen = max(candidates, key=lambda t: t["fidelity"]["rate"])["setting"]
-    names, captions, _ = validation
-    result = dict(chosen=chosen, base=floor, users=names, captions=captions)
+    result = dict(chosen=chosen, base=floor, users=validation[0], captions=validation[1])
     result["tried"] = list(tried.values())
     evaluate.report(args, result, tune_table(result), {})
 
 
 def validation_users(args):
-    """Who and what settings are chosen on: --n names, all captions, and true tastes (n, 5);
-    InputError of fewer than two users."""
+    """What settings are chosen on: --n names, two or more, all captions, true tastes (n, 5)."""
     pairs, settings = read_pairs(args.users)
     rows = [row for row in pairs if row["split"] == "validation-unseen"]
     names = [row["user"] for row in one_each(rows, args.n or 40)]
@@ -447,8 +433,7 @@ def validation_users(args):
 
 
 def short_run(args, name, users, flags):
-    """The adapter of the run --out/<name>, of --train-steps with these flags; trained unless it is
-    there."""
+    """The adapter of --out/<name>, of --train-steps with these flags; trained unless there."""
     folder = Path(args.out) / name
     if not (folder / "adapter.safetensors").exists() or (folder / "state.pt").exists():
         how = ["--max-steps", args.train_steps, "--preview-every", 0, "--resume"]
@@ -465,29 +450,28 @@ def measure(args, adapter, users, names, captions, tastes):
     images = evaluate.cross_images(args, base, captions, adapter, embeddings)
     liked = evaluate.cross_utilities(tastes, evaluate.axes_of(images), **z)
     found = evaluate.summarize_cross(*liked)
-    kept = evaluate.cross_fidelity(images, captions)
-    both = dict(gain=found["personal_gain"], own_over_other=found["own_over_other"])
-    return both | dict(fidelity=kept)
+    gains = dict(gain=found["personal_gain"], own_over_other=found["own_over_other"])
+    return gains | dict(fidelity=evaluate.cross_fidelity(images, captions))
+
+
+def measured_cells(r):
+    return [evaluate.format_value(r[key]) for key in MEASURED.values()]
 
 
 def base_fidelity(args, adapter, captions):
     """What the base keeps of these captions, eight images each, by its own settings."""
-    base = load_base_for(adapter, args)
-    made = evaluate.generate_arm(args, base, captions * 8, adapter, None)
+    made = evaluate.generate_arm(args, load_base_for(adapter, args), captions * 8, adapter, None)
     rows = [made[i : i + len(captions)] for i in range(0, len(made), len(captions))]
     return evaluate.cross_fidelity(rows, captions)
 
 
 def tune_table(result):
-    header = [*TUNED, "personal gain", "own over another's", "color and shape", "chosen"]
     rows = []
     for t in result["tried"]:
-        cells = [evaluate.format_mean(t["gain"]), evaluate.format_rate(t["own_over_other"])]
-        cells.append(evaluate.format_rate(t["fidelity"]))
         mark = "yes" if t["setting"] == result["chosen"] else ""
-        rows.append([*(f"{value:g}" for value in t["setting"].values()), *cells, mark])
-    base = f"Color and shape, base: {evaluate.format_rate(result['base'], with_n=True)}."
-    return f"{evaluate.markdown_table(header, rows)}\n\n{base}"
+        rows.append([*(f"{value:g}" for value in t["setting"].values()), *measured_cells(t), mark])
+    table = evaluate.markdown_table([*TUNED, *MEASURED, "chosen"], rows)
+    return f"{table}\n\nColor and shape, base: {evaluate.format_rate(result['base'], with_n=True)}."
 
 
 def ablations(args):
@@ -509,12 +493,48 @@ def ablations(args):
 
 
 def ablations_table(result):
-    header = ["change", "personal gain", "own over another's", "color and shape"]
+    rows = [[name, *measured_cells(r)] for name, r in result["changes"].items()]
+    return evaluate.markdown_table(["change", *MEASURED], rows)
+
+
+def collapse(args):
+    """How Diffusion-DPO explodes, provoked by COLLAPSE's settings, and what --guard makes of it:
+    both images' errors over the reference's on the validation pairs, and what tune measures."""
+    validation = validation_users(args)
+    result = dict(runs={})
+    for name, flags in COLLAPSE.items():
+        each = ["--save-every", max(1, args.train_steps // 12)]
+        adapter = short_run(args, name.replace(" ", "-"), args.users, [*flags.split(), *each])
+        log = utils.read_jsonl(adapter.path.parent / "train.jsonl")
+        curve = [error_ratios(line) for line in log if "validation_logits" in line]
+        result["runs"][name] = dict(curve=curve, **measure(args, adapter, args.users, *validation))
+    result["base"] = base_fidelity(args, adapter, validation[1])
+    figure, axes = plots.new_figure(1, 2)
+    for axis, side in zip(axes, ("preferred", "dispreferred"), strict=True):
+        lines = {name: [c[side] for c in r["curve"]] for name, r in result["runs"].items()}
+        steps = [c["step"] for c in curve]
+        plots.draw_lines(axis, f"{side} images", steps, lines, "error / the reference's")
+        axis.set_yscale("log")
+    evaluate.report(args, result, collapse_table(result), dict(collapse=plots.to_image(figure)))
+
+
+def error_ratios(line):
+    """Of a line of train.jsonl that has a validation."""
+    value = {key.removeprefix("validation_"): v for key, v in line.items()}
+    sides = ("preferred", "dispreferred")
+    ratios = {s: round(value[f"error_{s}"] / value[f"error_ref_{s}"], 4) for s in sides}
+    return dict(step=line["step"] + 1, accuracy=value["implicit_accuracy"], **ratios)
+
+
+def collapse_table(result):
+    header = ["run", "preferred images' error, of the reference's", "dispreferred images'"]
     rows = []
-    for name, r in result["changes"].items():
-        cells = [evaluate.format_rate(r[key]) for key in ("own_over_other", "fidelity")]
-        rows.append([name, evaluate.format_mean(r["gain"]), *cells])
-    return evaluate.markdown_table(header, rows)
+    for name, r in result["runs"].items():
+        last = r["curve"][-1]
+        ratios = [f"{last[side]:.2f}" for side in ("preferred", "dispreferred")]
+        rows.append([name, *ratios, f"{last['accuracy']:.3f}", *measured_cells(r)])
+    table = evaluate.markdown_table([*header, "implicit accuracy", *MEASURED], rows)
+    return f"{table}\n\nColor and shape, base: {evaluate.format_rate(result['base'], with_n=True)}."
 
 
 def words(args):
@@ -562,7 +582,7 @@ def words_table(result):
 
 
 EXPERIMENTS = dict(interpolate=interpolate, classify=classify, profiles=profiles, tune=tune)
-EXPERIMENTS |= dict(ablations=ablations, words=words)
+EXPERIMENTS |= dict(ablations=ablations, collapse=collapse, words=words)
 
 
 def main(argv=None):

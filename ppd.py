@@ -182,21 +182,27 @@ class UserAttnProcessor:
         """What a diffusers attention processor takes and gives.
 
         attn: the layer, for its projections and number of heads
-        hidden_states: (R, C, H, W), the positions of R images, which ask
-        encoder_hidden_states: (R, N, C), what is attended to; in Stage C the image's own positions
+        hidden_states: (R, C, H, W) in Stage C, else (R, N, C), the positions of R images, which ask
+        encoder_hidden_states: (R, M, C), what is attended to; in Stage C the image's own positions
             and the text together, so this one softmax is self- and text cross-attention
-        attention_mask: never given by Stage C
+        attention_mask: (R, 1, M), added to the scores, or None; the user's tokens have none
         """
-        n_images, _, h, _ = hidden_states.shape
-        x = einops.rearrange(hidden_states, "b c h w -> b (h w) c")
+        n_images = len(hidden_states)
+        is_map = hidden_states.ndim == 4
+        x = einops.rearrange(hidden_states, "b c h w -> b (h w) c") if is_map else hidden_states
 
         def split_heads(projected):  # (B, N, C) -> (B, heads, N, C / heads)
             return einops.rearrange(projected, "b n (heads d) -> b heads n d", heads=attn.heads)
 
-        q = split_heads(attn.to_q(x))
-        k = split_heads(attn.to_k(encoder_hidden_states))
-        v = split_heads(attn.to_v(encoder_hidden_states))
-        out = F.scaled_dot_product_attention(q, k, v)
+        q, k = attn.to_q(x), attn.to_k(encoder_hidden_states)
+        if attn.norm_q is not None:  # some bases normalize queries and keys, over all heads
+            q, k = attn.norm_q(q), attn.norm_k(k)
+        q, k, v = (split_heads(p) for p in (q, k, attn.to_v(encoder_hidden_states)))
+        mask = attention_mask
+        if mask is not None:
+            mask = attn.prepare_attention_mask(mask, k.shape[2], n_images)
+            mask = einops.rearrange(mask, "(b heads) n m -> b heads n m", heads=attn.heads)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
         if self.adapter.user_condition is not None:
             tokens, scale = self.adapter.user_condition
@@ -209,7 +215,9 @@ class UserAttnProcessor:
 
         out = attn.to_out[0](einops.rearrange(out, "b heads n d -> b n (heads d)"))
         out = attn.to_out[1](out)  # dropout: off, the base stays in eval mode
-        return einops.rearrange(out, "b (h w) c -> b c h w", h=h)
+        if is_map:
+            out = einops.rearrange(out, "b (h w) c -> b c h w", h=hidden_states.shape[2])
+        return out
 
 
 # -------------------------------------------------------------------- the loss (Eq. 1, 3, 6)
@@ -223,7 +231,27 @@ def denoising_error(pred, target):
     return (target.to(dtype) - pred.to(dtype)).square().mean(dim=(1, 2, 3))
 
 
-def ppd_loss(pred, pred_ref, target, beta, T=1000):
+def guard_scale(pred, target):
+    """How much of the dispreferred images' gradient is taken, (B,) in [0, 1], so that a step does
+    not raise the preferred images' errors: Diffusion-SDPO's safeguard,
+    https://arxiv.org/abs/2511.03317.
+
+    With residuals r = pred - target, a small step of size c along the loss' negative gradient asks
+    the preferred images' predictions to move by -c r_w and the others' by +c s r_l, s being this
+    scale. If both answer the weights alike, as images of one caption, noise and timestep nearly do,
+    each moves by both: r_w by -c (r_w - s r_l), and its square does not grow if
+    s <r_w, r_l> <= ||r_w||^2. So far as they do not answer alike, or other pairs of the batch or
+    the optimizer turn the step, it dampens the growth without ruling it out.
+    """
+    dtype = torch.promote_types(pred.dtype, torch.float32)
+    residual = (pred.detach().to(dtype) - target.to(dtype)).flatten(1)
+    preferred, dispreferred = residual.chunk(2)
+    product = (preferred * dispreferred).sum(1)
+    safe = preferred.square().sum(1) / product.clamp(min=torch.finfo(dtype).tiny)
+    return torch.where(product > 0, safe.clamp(max=1.0), 1.0)
+
+
+def ppd_loss(pred, pred_ref, target, beta, T=1000, guard=False):
     """Eq. 6 for B pairs, omega being 1: -log sigmoid(-beta T Delta), where Delta is how much more
     the error fell below the reference's on the dispreferred image than on the preferred one. With
     one constant user for everybody it is Eq. 3, Diffusion-DPO:
@@ -232,9 +260,10 @@ def ppd_loss(pred, pred_ref, target, beta, T=1000):
     pred: (2B, C, H, W), the policy's prediction eps_theta(x_t, c, u, t): the B preferred images
         first, then the B dispreferred ones in the same order
     pred_ref: (2B, C, H, W), the reference's, eps_ref(x_t, c, t), without gradient
-    target: (2B, C, H, W), the noise that was added
+    target: (2B, C, H, W), the noise that was added, or the velocity
     beta: strength of the KL constraint. The paper's norm is a sum, ours a mean: with the mean and
         T = 1000, beta = 1 is beta_dpo = 2000 of Diffusion-DPO's code, which takes half of it
+    guard: scale the dispreferred images' gradients by guard_scale; the loss stays what it is
 
     Returns the losses (B,), not yet averaged, and (B,) tensors without gradient to log: the errors
     of Eq. 1, `logits` = -beta T Delta, and `implicit_accuracy`, in which a tie counts half (at step
@@ -244,6 +273,9 @@ def ppd_loss(pred, pred_ref, target, beta, T=1000):
     mse_ref = denoising_error(pred_ref, target)
     mse_preferred, mse_dispreferred = mse.chunk(2)
     mse_ref_preferred, mse_ref_dispreferred = mse_ref.chunk(2)
+    if guard:
+        scale = guard_scale(pred, target)
+        mse_dispreferred = torch.lerp(mse_dispreferred.detach(), mse_dispreferred, scale)
     delta = (mse_preferred - mse_ref_preferred) - (mse_dispreferred - mse_ref_dispreferred)
     logits = -beta * T * delta
     losses = -F.logsigmoid(logits)

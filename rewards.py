@@ -10,7 +10,6 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
@@ -52,8 +51,7 @@ def pixels_of(name):
 @torch.no_grad()
 def score_pixels(name, pixels, captions, device):
     """A reward of images that preprocess() has prepared, one a caption, (B,) floats, as in Table 1:
-    100 x cosine for CLIP, HPS and PickScore, the predictor's output for aesthetic. A taste word
-    needs no caption."""
+    100 x cosine for CLIP, HPS and PickScore, the predictor's output for aesthetic."""
     pixels = [image[pixels_of(name)] for image in pixels]
     if name in world.WORDS:
         sizes = {image.shape for image in pixels}
@@ -82,13 +80,10 @@ def score(name, images, captions, device="cpu", batch=64):
 
 @torch.no_grad()
 def implicit_logits(base, adapter, rows, load_images, users, t_min, batch):
-    """Eq. 6's logits of real choices, for several users each: the adapter as a reward model.
-
-    rows: B pairs; load_images: a bases.images.ImagePairs
-    users: {arm: embeddings (B, D)}
-    Returns {arm: (B, N_DRAWS)}; every arm has the same timesteps, the middles of N_DRAWS equal
-    parts of [t_min, 1], and the same noise, which is keyed by the pair's id.
-    """
+    """Eq. 6's logits of B real choices, for several users each: the adapter as a reward model.
+    users: {arm: embeddings (B, D)} -> {arm: (B, N_DRAWS)}; load_images: a bases.images.ImagePairs.
+    Every arm has the same timesteps, the middles of N_DRAWS equal parts of [t_min, 1], and the same
+    noise, which is keyed by the pair's id."""
     grid = t_min + (1 - t_min) * (torch.arange(N_DRAWS) + 0.5) / N_DRAWS
     logits = {arm: [] for arm in users}
     per_batch = max(1, batch // N_DRAWS)  # pairs at once, each with all its draws
@@ -101,8 +96,7 @@ def implicit_logits(base, adapter, rows, load_images, users, t_min, batch):
         noise = torch.cat(noise).to(base.device).repeat(2, 1, 1, 1)
         t = grid.to(base.device).repeat(2 * len(part))
         conditions = base.encode_prompts([row["caption"] for row in part])
-        conditions = [c.repeat_interleave(N_DRAWS, 0) for c in conditions]
-        conditions = [c.repeat(2, *[1] * (c.ndim - 1)) for c in conditions]
+        conditions = [torch.cat([c, c]).repeat_interleave(N_DRAWS, 0) for c in conditions]
         x_t, target = base.add_noise(x_0, noise, t), base.target(x_0, noise, t)
         pred_ref = base.predict(x_t, t, *conditions)
         for arm, embeddings in users.items():
@@ -121,13 +115,12 @@ def fixed_noise(ranking_id, shape):
 
 def score_pairs(args, names, rows):
     """Both images' scores by the named rewards, {name: (n, 2)} on rank 0, nan where an image is
-    broken, which is named. What recurs with its caption is scored once. Kept in <users>/scores, a
-    file a chunk, named after what is in it: nothing is computed twice, and under torchrun every
-    process scores its share."""
+    broken, which is named. Kept in <users>/scores, a file a chunk, named after what is in it:
+    nothing is computed twice, and under torchrun every process scores its share."""
     rank, world_size = utils.rank_and_world()
     folder = Path(args.users) / "scores"
     folder.mkdir(parents=True, exist_ok=True)
-    numbers, sources = {}, []  # of an image with a caption
+    numbers, sources = {}, []  # of an image with a caption: each is scored once
     for row in rows:
         for side in (0, 1):
             if numbers.setdefault(score_key(row, side), len(sources)) == len(sources):
@@ -151,8 +144,7 @@ def score_pairs(args, names, rows):
             path, content = chunk_file(folder, chunk), buffer.getvalue()
             utils.write_atomically(path, lambda to, content=content: to.write_bytes(content))
             progress.update(len(chunk))
-    if world_size > 1:
-        dist.barrier()
+    utils.all_gather_objects(None)  # wait for the others' shares
     if rank != 0:
         return {}
     scores = {name: np.empty(len(sources), np.float32) for name in names}
@@ -197,12 +189,9 @@ def score_chunk(names, chunk, pixels, device):
 
 def make_synthetic_users(args, rows, settings):
     """Every kept pair once per reward, relabeled by it (by "own": not at all); u is the reward's
-    one-hot vector. A pair with a broken image is named and skipped, one of equal scores is counted
-    and dropped."""
+    one-hot vector. Pairs with a broken image, which is named, or of equal scores are dropped."""
     names = [name for name in args.one_hot if name != "own"]
-    scores = {}
-    if names:
-        scores = score_pairs(args, names, rows)
+    scores = score_pairs(args, names, rows) if names else {}
     if utils.rank_and_world()[0] != 0:
         return
     scores["own"] = np.array([[1 - row["preferred"], row["preferred"]] for row in rows], np.float32)

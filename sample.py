@@ -14,6 +14,7 @@ import json
 import math
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,10 +23,13 @@ from tqdm import tqdm
 
 import utils
 from bases import load_base
+from bases.ip_adapter import export, push
 from data import embedding_source, load_user
 from plots import image_grid
 from ppd import UserAdapter
 from utils import InputError, hub_file, is_hub_id
+
+GUIDANCE = "a finite number, 1 or less for none"  # what --guidance takes
 
 
 def parse_args(argv=None):
@@ -41,25 +45,27 @@ def parse_args(argv=None):
     add("--decoder", help="with Stages A and B (default: stabilityai/stable-cascade)")
     add("--seed", type=int, default=0, help="of a prompt's first image (default: %(default)s)")
     add("--n", type=int, default=1, help="images a prompt and user, seeds count up (%(default)s)")
-    add("--steps", type=int, help="denoising steps (default: tiny 8, full scale 30)")
-    add("--guidance", type=float, help="1 or less: off (default: tiny 3, full scale 4)")
+    add("--steps", type=int, help="denoising steps (default: the base's, e.g. 30)")
+    add("--guidance", type=float, help="1 or less: off (default: the base's, e.g. 4)")
     add("--size", type=int, default=256, help="enlarge smaller images to, 0: not (%(default)s)")
     add("--out", default="samples", help="folder (default: %(default)s)")
     add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    add("--export", metavar="FILE", help="write an SDXL adapter as an IP-Adapter, with these users")
+    add("--push-to-hub", metavar="ID", help="upload what --export wrote to this hub repository")
     args = parser.parse_args(argv)
     if args.prompts and not Path(args.prompts).is_file() and args.prompts.count("/") != 1:
         parser.error(f"--prompts {args.prompts}: no such file")
-    if not args.prompt and not args.prompts:
+    if args.push_to_hub and not args.export:
+        parser.error("--push-to-hub: only with --export FILE")
+    if args.export and not args.adapter and not args.user:
+        parser.error("--export: which adapter? give --adapter")
+    if not args.prompt and not args.prompts and not args.export:
         parser.error('no prompt: give --prompt "a red star" or --prompts FILE')
-    for key in ("n", "steps"):
-        value = getattr(args, key)
-        if value is not None and value < 1:
-            parser.error(f"--{key} {value}: expected 1 or more")
-    if not 0 <= args.seed < 2**63 - args.n:
-        parser.error(f"--seed {args.seed}: expected 0 to 2^63")
-    if not math.isfinite(args.user_scale):
-        parser.error(f"--user-scale {args.user_scale}: expected a finite number")
-    check_guidance(args.guidance, parser.error)
+    check = partial(utils.check_flags, args, parser.error)
+    check("n steps", lambda v: v >= 1, "1 or more")
+    check("seed", lambda v: 0 <= v < 2**63 - args.n, "0 to 2^63")
+    check("user_scale", math.isfinite, "a finite number")
+    check("guidance", lambda v: 0 <= v < math.inf, GUIDANCE)
     args.user = [parse_user(spec, parser.error) for spec in args.user or ["base"]]
     if len({weight is None for _, weight in args.user}) > 1:
         parser.error("--user: give every user a weight (blended into one) or none (an image each)")
@@ -68,11 +74,6 @@ def parse_args(argv=None):
     if args.adapter is None and any(name != "base" for name, _ in args.user):
         args.adapter = find_adapter(args.user)
     return args
-
-
-def check_guidance(guidance, error):
-    if guidance is not None and not 0 <= guidance < math.inf:
-        error(f"--guidance {guidance}: expected a finite number, 1 or less for none")
 
 
 def parse_user(spec, error):
@@ -112,9 +113,8 @@ def find_adapter(users):
 
 
 def read_prompts(source):
-    """Captions of a text file, one a line; of a .tsv's Prompt column, quotation marks kept (some of
-    PartiPrompts begin with one); or of PartiPrompts.tsv in a dataset repository. Nothing but a
-    newline ends a line."""
+    """Captions of a text file, one a line; of a .tsv's Prompt column, quotation marks kept (some
+    PartiPrompts begin with one); or of PartiPrompts.tsv on the hub. Only newlines end a line."""
     path = hub_file(source, "PartiPrompts.tsv", "dataset") if is_hub_id(source) else Path(source)
     if path.suffix not in (".txt", ".tsv", ""):
         raise InputError(f"--prompts {path}: expected .txt, a caption a line, or .tsv")
@@ -139,7 +139,7 @@ def load_base_for(adapter, args):
     header = adapter.header if adapter else {}
     name = args.base or header.get("base", "tiny")
     device = utils.pick_device(args.device)
-    base = load_base(name, device, decoder=args.decoder, grid=header.get("grid", 24))
+    base = load_base(name, device, decoder=args.decoder, grid=header.get("grid"))
     if adapter:
         adapter.install(base.attention_layers())
     return base
@@ -167,11 +167,8 @@ def load_user_embedding(adapter, name, group=0):
 
 @torch.no_grad()
 def generate(base, prompts, seeds, adapter=None, user=None, batch=32, desc=None, **settings):
-    """PIL images of prompts, one seed each.
-
-    user: embedding, (1, D) for all, a row a prompt, or None: the base
-    desc: title of a progress bar, or None for none; settings: of base.sample
-    """
+    """PIL images of prompts, one seed each; settings: of base.sample; desc: a progress bar's title.
+    user: embedding, (1, D) for all, a row a prompt, or None: the base"""
     images = []
     tokens = None
     if user is not None:
@@ -198,6 +195,13 @@ def preview(base, adapter, captions, users, path):
     path.parent.mkdir(exist_ok=True)
     sheet = image_grid(list(zip(*images, strict=True)), captions, list(columns))
     utils.write_atomically(path, lambda file: sheet.save(file, "PNG"))
+
+
+def preview_inputs(adapter, rows, embeddings, objective):
+    """Three captions and three users {name: (1, D)} that previews show."""
+    captions, names = (sorted({r[k] for r in rows["validation"]})[:3] for k in ("caption", "user"))
+    zero = adapter.mean[None] if objective == "dpo" else None  # everybody is the zero user
+    return captions, {name: embeddings[name][:1] if zero is None else zero for name in names}
 
 
 def blend_or_list(args, adapter):
@@ -231,6 +235,13 @@ def run(args):
     if adapter:
         print(f"adapter {adapter.path}, step {adapter.header.get('step')}, base {base.name}")
     columns = blend_or_list(args, adapter)
+    if args.export:
+        users = {name: user for name, (user, _) in columns.items() if user is not None}
+        files = export(args.export, adapter, base, users)
+        print("-> " + ", ".join(map(str, files)))
+        if args.push_to_hub:
+            push(files, args.push_to_hub)
+        return
     most = base.tokenizer.model_max_length
     for caption in captions:
         length = len(base.tokenizer(caption).input_ids)

@@ -30,24 +30,24 @@ from tqdm import tqdm
 import utils
 from bases import load_base
 from bases.latents import open_images
-from data import PreferencePairs, collate, load_training_data, loading
+from data import PreferencePairs, batch_indices, collate, load_training_data, loading
 from ppd import UserAdapter, denoising_error, ppd_loss
-from sample import preview
+from sample import preview, preview_inputs
 from utils import InputError
 
 # Defaults by base and kind of users; every one is a flag. batch: pairs a step, over all GPUs
 # together; micro: pairs a GPU holds at once, the rest is accumulated; t_min: timesteps are from
-# [t_min, 1]; max_steps: None is one epoch; warmup: steps; tokens, token_dim: user tokens
+# [t_min, 1]; max_steps: None is one epoch; warmup: steps; token_dim: None is the base's own
 TINY = dict(batch=32, micro=32, lr=1e-3, beta=1.0, t_min=0.95, max_steps=300, decay="cosine")
 TINY |= dict(warmup=20, tokens=4, token_dim=64, save_every=300)
 FULL = dict(batch=768, micro=8, lr=1e-5, beta=1.0, t_min=0.001, max_steps=None, decay="constant")
-FULL |= dict(warmup=20, tokens=4, token_dim=1024, save_every=100)
+FULL |= dict(warmup=20, tokens=4, token_dim=None, save_every=100)
 ONE_HOT = TINY | dict(beta=10.0, max_steps=200)
 DEFAULTS = {"tiny": TINY, "tiny, one-hot": ONE_HOT, "full": FULL}
 VALIDATION_PAIRS = 1024  # at every save: the accuracy's standard error is 1.6%
 # what the adapter's header tells of its training, and what a resumed run may change
 HEADER_KEYS = tuple(key for key in DEFAULTS["full"] if key not in ("micro", "save_every"))
-HEADER_KEYS += ("clip", "user_drop", "noise", "bias_free", "seed", "dtype", "only")
+HEADER_KEYS += ("clip", "user_drop", "noise", "bias_free", "guard", "seed", "dtype", "only")
 RESUME_MAY_CHANGE = ("resume", "out", "data", "latents", "device", "workers", "micro")
 RESUME_MAY_CHANGE += ("checkpointing", "compile", "save_every", "log_every", "preview_every")
 
@@ -62,7 +62,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--base", default="tiny", help="'tiny', a hub id or a folder in its layout (%(default)s)")
     add("--decoder", help="with the image encoder (default: stabilityai/stable-cascade)")
-    add("--grid", type=int, default=24, help="side of the latents at full scale (%(default)s)")
+    add("--grid", type=int, help="side of the latents (default: the base's, Stable Cascade 24)")
     add("--users", default="users", help="folder that embed.py wrote (default: %(default)s)")
     add("--only", nargs="+", metavar="USER", help="train on these users' pairs alone")
     add("--data", help="folder of the parquet files, if it moved since embed.py read it")
@@ -79,6 +79,7 @@ def parse_args(argv=None):
     add("--warmup", type=int, help="steps of linear warm-up " + by_base("warmup"))
     add("--decay", choices=("constant", "cosine"), help="of the rate " + by_base("decay"))
     add("--clip", type=float, default=1.0, help="largest gradient norm (default: %(default)s)")
+    add("--guard", action="store_true", help="damp the growth of preferred errors: guard_scale")
     add("--user-drop", type=float, default=0.1, help="zero user's share of pairs (%(default)s)")
     add("--noise", choices=("shared", "separate"), default="shared", help="of a pair's images")
     add("--tokens", type=int, help="user tokens " + by_base("tokens"))
@@ -119,12 +120,7 @@ def fill_defaults(args, error):
 
 
 def check_args(args, error):
-    def check(keys, is_good, expected):
-        for key in keys.split():
-            value = getattr(args, key)
-            if value is not None and not is_good(value):
-                error(f"{utils.flag(key)} {value}: expected {expected}")
-
+    check = partial(utils.check_flags, args, error)
     check("batch micro max_steps save_every log_every", lambda v: v >= 1, "1 or more")
     check("tokens token_dim grid", lambda v: v >= 1, "1 or more")
     check("seed workers warmup preview_every", lambda v: 0 <= v < 2**63, "0 or more")
@@ -136,6 +132,8 @@ def check_args(args, error):
         error(f"--batch {args.batch}: expected a multiple of --micro x processes = {together}")
     if args.bias_free and args.objective == "dpo":
         error("--objective dpo --bias-free: its zero user is the base, there is nothing to train")
+    if args.guard and args.objective == "sft":
+        error("--objective sft --guard: it has no dispreferred images")
     if not args.resume and (Path(args.out) / "state.pt").exists():
         error(f"--out {args.out} holds a run already: add --resume, or choose another folder")
 
@@ -145,7 +143,7 @@ def to_device(batch, device):
 
 
 # ----------------------------------------------------------------------- one micro-step
-def micro_step(base, adapter, batch, beta, user_drop=0.0, pairs_per_step=None):
+def micro_step(base, adapter, batch, beta, user_drop=0.0, pairs_per_step=None, guard=False):
     """Eq. 6 on a micro-batch of B pairs, and its gradient.
 
     batch: see data.collate
@@ -162,7 +160,7 @@ def micro_step(base, adapter, batch, beta, user_drop=0.0, pairs_per_step=None):
     # the policy: the same network; every attention layer reads the user's tokens
     with adapter.user(user_tokens):
         pred = base.predict(x_t, t, *conditions)
-        losses, log = ppd_loss(pred, pred_ref, target, beta)
+        losses, log = ppd_loss(pred, pred_ref, target, beta, guard=guard)
         if pairs_per_step:
             (losses.sum() / pairs_per_step).backward()
     return losses.detach(), log
@@ -201,19 +199,31 @@ def learning_rate(step, args):
 
 
 @torch.no_grad()
-def validate(base, adapter, batches, args):
-    """Means over the fixed validation pairs of all ranks, as validation_*; {} without any."""
+def validate(base, adapter, batches, args, parts=4):
+    """Means over the fixed validation pairs of all ranks, as validation_*; {} without any. The
+    errors also by timestep, in equal parts from t_min to 1, as a list of dicts."""
     values = {}
     user_drop = 1.0 if args.objective == "dpo" else 0.0
     for batch in batches:
         losses, log = micro_step(base, adapter, batch, args.beta, user_drop)
         if args.objective != "sft":  # it trains another loss
             log = dict(loss=losses, **log)
-        for key, value in log.items():
-            values.setdefault(f"validation_{key}", []).extend(value.tolist())
-    parts = utils.all_gather_objects(values)
-    merged = {key: [n for part in parts for n in part.get(key, [])] for key in parts[0]}
-    return {key: math.fsum(numbers) / len(numbers) for key, numbers in merged.items()}
+        for key, value in dict(log, t=batch["t"]).items():
+            values.setdefault(key, []).extend(value.tolist())
+    every = utils.all_gather_objects(values)
+    merged = {k: torch.tensor([n for v in every for n in v.get(k, [])]) for k in every[0]}
+    if not merged:
+        return {}
+    t = merged.pop("t")
+    line = {f"validation_{key}": numbers.double().mean().item() for key, numbers in merged.items()}
+    part = ((t - args.t_min) / (1 - args.t_min) * parts).long().clamp(max=parts - 1)
+    errors = {key: numbers for key, numbers in merged.items() if key.startswith("error")}
+    line["validation_errors_by_t"] = [
+        {"t": [args.t_min + (1 - args.t_min) * end / parts for end in (k, k + 1)]}
+        | {key: numbers[part == k].mean().item() for key, numbers in errors.items()}
+        for k in part.unique().tolist()
+    ]
+    return line
 
 
 def accumulate_gradient(step, args, base, adapter, batches, stop, save):
@@ -234,7 +244,8 @@ def accumulate_gradient(step, args, base, adapter, batches, stop, save):
         if args.objective == "sft":
             losses, log = sft_micro_step(base, adapter, batch, user_drop, pairs_per_step=args.batch)
         else:
-            losses, log = micro_step(base, adapter, batch, args.beta, user_drop, args.batch)
+            settings = (args.beta, user_drop, args.batch, args.guard)
+            losses, log = micro_step(base, adapter, batch, *settings)
         total = total + torch.stack([losses.sum(), *(value.sum() for value in log.values())])
         if stop and not saved:
             save(step)
@@ -291,8 +302,7 @@ def make_adapter(args, base, rows, embeddings, reader):
     """A new adapter for these users, hooked into the base; float32, whatever the base is."""
     torch.manual_seed(args.seed)
     width = next(iter(embeddings.values())).shape[1]
-    sizes = (width, base.channels, args.tokens, args.token_dim)
-    adapter = UserAdapter(*sizes, bias=not args.bias_free)
+    adapter = UserAdapter(width, base.channels, args.tokens, args.token_dim, not args.bias_free)
     adapter.compiled = args.compile
     if reader[0] != "one-hot":
         train_users = sorted({row["user"] for row in rows["train"]})
@@ -345,26 +355,12 @@ def print_plan(args, base, adapter, rows, images):
     )
 
 
-def batch_indices(step, m, args):
-    """Which of the training sequence's pairs this rank holds in a step's m-th micro-step."""
-    rank, world_size = utils.rank_and_world()
-    first = step * args.batch + (m * world_size + rank) * args.micro
-    return range(first, first + args.micro)
-
-
 def validation_batches(dataset, args, to_batch):
     """This rank's part of the validation pairs, as micro-batches, read anew."""
     rank, world_size = utils.rank_and_world()
     n = min(VALIDATION_PAIRS, len(dataset.rows))
     for start in range(rank * args.micro, n, world_size * args.micro):
         yield to_batch([dataset[i] for i in range(start, min(start + args.micro, n))])
-
-
-def preview_inputs(adapter, rows, embeddings, objective):
-    """Three captions and three users {name: (1, D)} that previews show."""
-    captions, names = (sorted({r[k] for r in rows["validation"]})[:3] for k in ("caption", "user"))
-    zero = adapter.mean[None] if objective == "dpo" else None  # everybody is the zero user
-    return captions, {name: embeddings[name][:1] if zero is None else zero for name in names}
 
 
 def print0(*text):
@@ -403,6 +399,7 @@ def run(args):
     rows, embeddings, reader, settings = load_training_data(args.users, args.only)
     args.max_steps = args.max_steps or math.ceil(len(rows["train"]) / args.batch)  # one epoch
     base = make_base(args, device)
+    args.token_dim = args.token_dim or base.token_dim
     used = rows["train"] + rows["validation"]
     images = open_images(args.data or settings["data"], args.latents, used, base.codec, base.dtype)
     adapter = make_adapter(args, base, rows, embeddings, reader)
@@ -432,7 +429,7 @@ def run(args):
     to_batch = partial(collate, tokenize=base.tokenize)
     steps = range(start, args.max_steps)
     n_micro = args.batch // (args.micro * world_size)
-    batch_sampler = [batch_indices(step, m, args) for step in steps for m in range(n_micro)]
+    batch_sampler = [batch_indices(args, step, m) for step in steps for m in range(n_micro)]
     batching = dict(batch_sampler=batch_sampler, collate_fn=to_batch, pin_memory=on_gpu)
     loader = loading(train_pairs, **batching, num_workers=args.workers)
     preview_captions, preview_users = preview_inputs(adapter, rows, embeddings, args.objective)
@@ -468,7 +465,7 @@ def run(args):
         progress.close()
     if world_size > 1:
         dist.destroy_process_group()
-    numbers = ", ".join(f"{key} {value:.4g}" for key, value in line.items() if key != "step")
+    numbers = ", ".join(f"{k} {v:.4g}" for k, v in line.items() if isinstance(v, float))
     print0(f"last step {step}: {numbers}\n-> {args.out}/adapter.safetensors")
 
 

@@ -51,28 +51,24 @@ def append_line(path, text):
         raise InputError(f"{path}: cannot be written ({error.strerror})") from None
 
 
+def parse_object(text, problem):
+    """JSON text, or its bytes, of one object as a dict; of anything else InputError(problem)."""
+    try:
+        return dict(**json.loads(text))
+    except (ValueError, RecursionError, TypeError):
+        raise InputError(problem) from None
+
+
 def read_json(path):
     """A .json file that holds one object, as a dict."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-        assert isinstance(content, dict)
-        return content
-    except (ValueError, RecursionError, AssertionError):
-        raise InputError(f"{path}: not a JSON object; move it away") from None
+    return parse_object(Path(path).read_bytes(), f"{path}: not a JSON object; move it away")
 
 
 def read_jsonl(path):
     """Lines of a .jsonl as a list of dicts; a last line that a kill cut short is dropped."""
     text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
-    records = []
-    for number, line in enumerate(text.split("\n")[:-1], 1):
-        try:
-            record = json.loads(line)
-            assert isinstance(record, dict)
-        except (ValueError, RecursionError, AssertionError):
-            raise InputError(f"{path} line {number}: not a JSON object") from None
-        records.append(record)
-    return records
+    lines = enumerate(text.split("\n")[:-1], 1)
+    return [parse_object(line, f"{path} line {i}: not a JSON object") for i, line in lines]
 
 
 def write_jsonl(path, records):
@@ -89,11 +85,6 @@ def read_safetensors(path):
         raise InputError(f"{path}: not a readable safetensors file ({first_line(error)})") from None
 
 
-def torch_load_safe(path):
-    """torch.load of tensors and plain values alone: a pickle that would run code is refused."""
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def save_checkpoint(folder, **state):
     """<folder>/state.pt, what a run needs to go on, atomically."""
     write_atomically(Path(folder) / "state.pt", lambda path: torch.save(state, path))
@@ -106,7 +97,7 @@ def load_checkpoint(folder, config):
     if not path.exists():
         return None
     try:
-        state = torch_load_safe(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         assert isinstance(state["step"], int) and isinstance(state.get("config", {}), dict)
     except (OSError, MemoryError):  # says nothing against the file
         raise
@@ -124,6 +115,14 @@ def load_checkpoint(folder, config):
 def flag(key):
     """A setting's name as its command-line flag; a phrase stays a phrase."""
     return key if " " in key else "--" + key.replace("_", "-")
+
+
+def check_flags(args, error, keys, is_good, expected):
+    """error() with a line that names it if one of these settings is given and not good."""
+    for key in keys.split():
+        value = getattr(args, key)
+        if value is not None and not is_good(value):
+            error(f"{flag(key)} {value}: expected {expected}")
 
 
 def is_hub_id(name):
@@ -146,8 +145,7 @@ def hub_file(repo, name, kind="model"):
 
 
 def load_frozen(cls, folder, device, **load_kwargs):
-    """cls.from_pretrained(folder), in eval mode and without gradients. Raises OSError if a tensor
-    is missing from the files: it would be random."""
+    """cls.from_pretrained(folder), frozen; OSError if a tensor is missing: it would be random."""
     model, info = cls.from_pretrained(folder, output_loading_info=True, **load_kwargs)
     missing = sorted(info["missing_keys"])
     if missing:

@@ -7,7 +7,7 @@ image of them. What the scripts use of it is listed in bases/__init__.py.
 import contextlib
 import hashlib
 from collections import OrderedDict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import MethodType
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import utils
-from bases.images import fit_pixels
+from bases.images import encode_pixels, fit_pixels
 from utils import InputError
 
 BLOCKS = ("SDCascadeResBlock", "SDCascadeAttnBlock", "SDCascadeTimestepBlock")  # Stage C's parts
@@ -35,7 +35,9 @@ class StableCascade:
     Raises InputError, naming --base and what is wrong with it.
     """
 
-    def __init__(self, name="tiny", device="cpu", dtype=None, decoder=None, grid=24):
+    token_dim = 1024
+
+    def __init__(self, name="tiny", device="cpu", dtype=None, decoder=None, grid=None):
         import diffusers  # where needed: importing these two takes seconds
         import transformers
 
@@ -48,20 +50,20 @@ class StableCascade:
         if self.dtype == torch.float16:
             raise InputError("float16 gives NaN in Stage C: use bfloat16 or float32")
         folder, prior = find_base(self.name)
-        classes = (diffusers.StableCascadeUNet, transformers.CLIPTextModelWithProjection)
-        settings = dict(torch_dtype=self.dtype, variant="bf16")
+        settings = dict(folder=folder, device=self.device, torch_dtype=self.dtype, variant="bf16")
+        load = partial(utils.load_frozen, **settings)
         try:
-            self.prior, self.text_encoder = (
-                utils.load_frozen(cls, folder, self.device, subfolder=part, **settings)
-                for cls, part in zip(classes, (prior, "text_encoder"), strict=True)
-            )
+            self.prior = load(diffusers.StableCascadeUNet, subfolder=prior)
+            text_class = transformers.CLIPTextModelWithProjection
+            self.text_encoder = load(text_class, subfolder="text_encoder")
             tokenizer_class = transformers.CLIPTokenizer
             self.tokenizer = tokenizer_class.from_pretrained(folder, subfolder="tokenizer")
-            self.codec = load_codec(self.name, self.device, self.dtype, decoder, grid)
+            self.codec = self.load_codec(self.name, self.device, self.dtype, decoder, grid)
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             problem = f"cannot load {folder}: {utils.first_line(error)}"
             raise InputError(f"--base {name}: {problem}") from None
-        self.codec.set_text_model(self.tokenizer, self.text_encoder)
+        # Stage B uses Stage C's
+        self.codec.text_model = dict(tokenizer=self.tokenizer, text_encoder=self.text_encoder)
         # the last norm and projection in float32: their bfloat16 rounding is as large as what the
         # loss compares, early in training
         self.prior.clf.to(torch.promote_types(self.dtype, torch.float32))
@@ -76,6 +78,14 @@ class StableCascade:
         self.steps = self.codec.default_steps
         self.guidance = self.codec.default_guidance
 
+    @staticmethod
+    def load_codec(name, device, dtype, decoder=None, grid=None):
+        """The image codec of a base: its own if it has one, else Stable Cascade's."""
+        folder, _ = find_base(name)
+        if isinstance(folder, Path) and (folder / "codec").is_dir():
+            return PatchCodec.load(folder / "codec" / "codec.safetensors").to(device, dtype)
+        return CascadeCodec(decoder or "stabilityai/stable-cascade", device, dtype, grid or 24)
+
     def attention_layers(self):
         """Every attention layer of Stage C, 64 at full size. One softmax covers the image's own
         positions and the text, so these are the paper's "each cross-attention layer"."""
@@ -83,7 +93,6 @@ class StableCascade:
 
     @property
     def channels(self):
-        """Width of each attention layer, what UserAdapter takes."""
         return [layer.to_q.in_features for layer in self.attention_layers()]
 
     def tokenize(self, captions):
@@ -107,7 +116,6 @@ class StableCascade:
         return out.hidden_states[-1], out.text_embeds[:, None]
 
     def encode_prompts(self, captions):
-        """B captions -> what encode_tokens gives."""
         return self.encode_tokens(self.tokenize(captions).to(self.device))
 
     @torch.no_grad()
@@ -122,8 +130,7 @@ class StableCascade:
 
     @torch.no_grad()
     def decode(self, latents, prompts, seeds):
-        """Latents (B, C, h, w) -> B PIL images; Stage B, a diffusion model too, wants captions and
-        seeds (B each)."""
+        """Latents (B, C, h, w) -> B PIL images; captions and seeds (B each) are for Stage B."""
         pixels = self.codec.decode(latents.to(self.dtype), prompts, seeds)
         for prompt, seed, image in zip(prompts, seeds, pixels, strict=True):
             if not image.isfinite().all():
@@ -132,13 +139,11 @@ class StableCascade:
         pixels = einops.rearrange(pixels.float().mul(255).round().byte(), "b c h w -> b h w c")
         return [Image.fromarray(image) for image in pixels.cpu().numpy()]
 
-    def cast_timesteps(self, t):
-        """Timesteps as the network will see them: rounded once to its dtype, then in float32."""
-        return t.to(self.dtype).to(torch.promote_types(self.dtype, torch.float32))
-
     def add_noise(self, latents, noise, t):
         """x_t = alpha_t x_0 + sigma_t eps (Sec. 3), all (B, C, h, w); t: (B,) float in (0, 1]."""
-        return self.scheduler.add_noise(latents, noise, self.cast_timesteps(t))
+        # timesteps as the network will see them: rounded once to its dtype, then in float32
+        t = t.to(self.dtype).to(torch.promote_types(self.dtype, torch.float32))
+        return self.scheduler.add_noise(latents, noise, t)
 
     def target(self, latents, noise, t):
         """What predict() should give: Stage C predicts the noise."""
@@ -149,8 +154,7 @@ class StableCascade:
         # without clip_img the network silently drops the text tokens as well
         no_image = x_t.new_zeros(len(x_t), 1, self.prior.config.clip_image_in_channels)
         x_t, t = x_t.to(self.dtype), t.to(self.dtype)
-        out = self.prior(x_t, t, clip_text_pooled=pooled, clip_text=text, clip_img=no_image)
-        return out.sample
+        return self.prior(x_t, t, clip_text_pooled=pooled, clip_text=text, clip_img=no_image).sample
 
     @torch.no_grad()
     def sample(self, prompts, seeds, adapter=None, user_tokens=None, user_scale=1.0, **settings):
@@ -244,25 +248,9 @@ def find_base(name):
     return Path(repo), prior
 
 
-def load_codec(name, device, dtype, decoder=None, grid=24):
-    """The image codec of a base: its own if it has one, else Stable Cascade's."""
-    folder, _ = find_base(name)
-    if isinstance(folder, Path) and (folder / "codec").is_dir():
-        return PatchCodec.load(folder / "codec" / "codec.safetensors").to(device, dtype)
-    return CascadeCodec(decoder or "stabilityai/stable-cascade", device, dtype, grid)
-
-
-def encode_pixels(codec, pixels, dtype):
-    """(B, 3, S, S) uint8 -> latents (B, C, h, w): for training and for cached latents alike."""
-    return codec.encode(pixels.float() / 255).to(dtype)
-
-
 class CascadeCodec:
-    """Stage C's image encoder, and Stages B and A; each is loaded when first needed.
-
-    repo: a hub id or a folder like stabilityai/stable-cascade's
-    grid: side of the latents; images are 32 times as large
-    """
+    """Stage C's image encoder, and Stages B and A, of a hub id or a folder `repo`; each is loaded
+    when first needed. grid: side of the latents; images are 32 times as large."""
 
     default_steps, default_guidance = 30, 4.0  # of Stage C: Sec. 5.1's, and the release's
     resample = Image.BILINEAR
@@ -279,10 +267,6 @@ class CascadeCodec:
     def timesteps(self, steps):
         """Of sampling, from pure noise to none: as the release."""
         return torch.linspace(1.0, 0.0, steps + 1)
-
-    def set_text_model(self, tokenizer, text_encoder):
-        """Stage B uses Stage C's."""
-        self.text_model = dict(tokenizer=tokenizer, text_encoder=text_encoder)
 
     @cached_property
     def encoder(self):
@@ -308,13 +292,11 @@ class CascadeCodec:
         import diffusers
         from diffusers.pipelines.deprecated.wuerstchen import PaellaVQModel
 
-        def load(cls, part, **settings):
-            settings = dict(subfolder=part, torch_dtype=self.dtype) | settings
-            return utils.load_frozen(cls, self.repo, self.device, **settings)
-
+        settings = dict(folder=self.repo, device=self.device, torch_dtype=self.dtype)
+        load = partial(utils.load_frozen, **settings)
         try:
-            stage_b = load(diffusers.StableCascadeUNet, "decoder", variant="bf16")
-            stage_a = load(PaellaVQModel, "vqgan")
+            stage_b = load(diffusers.StableCascadeUNet, subfolder="decoder", variant="bf16")
+            stage_a = load(PaellaVQModel, subfolder="vqgan")
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"--decoder {self.repo}: {utils.first_line(error)}") from None
         stages = dict(decoder=stage_b, vqgan=stage_a, latent_dim_scale=10.67) | self.text_model
@@ -375,12 +357,9 @@ class PatchCodec(nn.Module):
         return codec
 
     def timesteps(self, steps):
-        """Of sampling, from pure noise to none: close together where place and size are decided,
-        which is at the noisiest; the release's would step over it."""
+        """Close together at the noisiest, where place and size are decided: the release's would
+        step over it."""
         return 1 - torch.linspace(0.0, 1.0, steps + 1) ** 2
-
-    def set_text_model(self, tokenizer, text_encoder):
-        """Its decoder needs none."""
 
     def free_decoder(self):
         """Nothing to give back."""
@@ -403,5 +382,4 @@ class PatchCodec(nn.Module):
         """Latents (B, C, h, w) -> pixels (B, 3, P h, P w) in [0, 1]."""
         p = self.patch
         patches = einops.rearrange(latents, "b c h w -> b h w c") @ self.decode_matrix + self.mean
-        pixels = einops.rearrange(patches, "b h w (c p q) -> b c (h p) (w q)", p=p, q=p)
-        return pixels.clamp(0, 1)
+        return einops.rearrange(patches, "b h w (c p q) -> b c (h p) (w q)", p=p, q=p).clamp(0, 1)

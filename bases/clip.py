@@ -70,8 +70,8 @@ def load_reward(name, device):
         processor = load_processor(processor_repo)
         if file:
             model = CLIPModel(CLIPConfig.from_pretrained(processor_repo))
-            state = utils.torch_load_safe(hub_file(repo, file))["state_dict"]
-            model.load_state_dict(from_open_clip(state))
+            content = torch.load(hub_file(repo, file), map_location="cpu", weights_only=True)
+            model.load_state_dict(from_open_clip(content["state_dict"]))
         else:
             model = CLIPModel.from_pretrained(repo)
         head = load_aesthetic_head(device) if name == "aesthetic" else None

@@ -109,6 +109,11 @@ def fit_pixels(images, side, resample):
     return torch.from_numpy(np.stack(fitted)).permute(0, 3, 1, 2).contiguous()
 
 
+def encode_pixels(codec, pixels, dtype):
+    """(B, 3, S, S) uint8 -> latents (B, C, h, w): for training and for cached latents alike."""
+    return codec.encode(pixels.float() / 255).to(dtype)
+
+
 def load_shots(data, rows):
     """Conditioning rows -> [(caption, preferred image, dispreferred image), ...]."""
     shots = []

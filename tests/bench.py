@@ -3,6 +3,7 @@
     python tests/bench.py --base tiny            # a laptop
     python tests/bench.py --base full            # the 3.6B prior, on a GPU
     python tests/bench.py --base full --count    # without one: a step's FLOPs and bytes, counted
+    python tests/bench.py --base sdxl --count    # Stable Diffusion XL; sana too
     python tests/bench.py --base full --profile  # where the time goes
 
 Three arms take turns, round by round: `ours` (train.py's own step with --compile), `eager` (the
@@ -17,7 +18,6 @@ medians.
 
 import contextlib
 import copy
-import json
 import os
 import statistics
 import sys
@@ -38,33 +38,47 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bases.cascade import StableCascade, make_scheduler
+from bases.sana import Sana
+from bases.sdxl import StableDiffusionXL
 from ppd import UserAdapter, ppd_loss
 from train import micro_step
-from utils import TINY, make_parser, pick_dtype
+from utils import TINY, make_parser, pick_dtype, read_json
 
-COMMON = dict(in_channels=16, out_channels=16, timestep_ratio_embedding_dim=64, patch_size=1)
-COMMON |= dict(clip_text_in_channels=1280, clip_text_pooled_in_channels=1280)
-COMMON |= dict(clip_image_in_channels=768, clip_seq=4, dropout=(0.1, 0.1), switch_level=(False,))
+ARMS = ("ours", "eager", "recipe")
 TEXT = dict(hidden_size=1280, intermediate_size=5120, projection_dim=1280, hidden_act="gelu")
 TEXT |= dict(num_hidden_layers=32, num_attention_heads=20)
-ARMS = ("ours", "eager", "recipe")
 
 
 def stage_c(width, down, **changes):
-    """The configuration of a Stage C with two levels of one width, and `down` blocks in each on the
-    way down."""
-    sizes = dict(conditioning_dim=width, block_out_channels=(width, width))
-    sizes |= dict(down_num_layers_per_block=down, up_num_layers_per_block=down[::-1])
-    return COMMON | changes | sizes | dict(num_attention_heads=(width // 64, width // 64))
+    """A Stage C's configuration: two levels of one width, `down` blocks in each on the way down."""
+    config = dict(in_channels=16, out_channels=16, timestep_ratio_embedding_dim=64, patch_size=1)
+    config |= dict(clip_text_in_channels=1280, clip_text_pooled_in_channels=1280, clip_seq=4)
+    config |= dict(clip_image_in_channels=768, dropout=(0.1, 0.1), switch_level=(False,))
+    config |= dict(conditioning_dim=width, block_out_channels=(width, width))
+    config |= dict(down_num_layers_per_block=down, up_num_layers_per_block=down[::-1])
+    return config | dict(num_attention_heads=(width // 64, width // 64)) | changes
 
 
 SIZES = {"full": stage_c(2048, (8, 24)), "lite": stage_c(1536, (4, 12))}
+SIZES["tiny"] = read_json(TINY / "prior" / "config.json")
+XL = dict(block_out_channels=(320, 640, 1280), attention_head_dim=(5, 10, 20))
+XL |= dict(transformer_layers_per_block=(1, 2, 10), cross_attention_dim=2048)
+XL |= dict(addition_embed_type="text_time", addition_time_embed_dim=256, sample_size=128)
+XL |= dict(projection_class_embeddings_input_dim=2816, use_linear_projection=True)
+XL |= dict(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"))
+XL |= dict(up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"))
+XL_TEXT = dict(hidden_size=768, intermediate_size=3072, projection_dim=768, hidden_act="quick_gelu")
+XL_TEXT |= dict(num_hidden_layers=12, num_attention_heads=12)
+# of latents, tokens of a caption, width of a user and of the user tokens
+SHAPES = dict.fromkeys(SIZES, ((16, 24, 24), 77, 3584, 1024))
+SHAPES |= {"tiny": ((16, 8, 8), 16, 192, 64), "sdxl": ((4, 128, 128), 77, 3584, 2048)}
+SHAPES["sana"] = ((32, 32, 32), 300, 3584, 2240)
 
 
 def parse_args(argv=None):
     parser = make_parser("bench.py", __doc__)
     add = parser.add_argument
-    add("--base", choices=("tiny", "lite", "full"), default="tiny")
+    add("--base", choices=SHAPES, default="tiny")
     add("--micro", type=int, help="pairs a micro-step (default: tiny 32, else 8)")
     add("--accumulate", type=int, default=2, help="micro-steps a step (default: %(default)s)")
     add("--rounds", type=int, default=7, help="steps of each arm (default: %(default)s)")
@@ -76,64 +90,72 @@ def parse_args(argv=None):
     add("--device", choices=("cpu", "cuda"), default=device, help="(default: %(default)s)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     args = parser.parse_args(argv)
-    if args.micro is None:
-        args.micro = 32 if args.base == "tiny" else 8
+    args.micro = args.micro or (32 if args.base == "tiny" else 8)
     return args
 
 
 # ---------------------------------------------------------------- what a step works on
 def make_base(size, device, dtype):
-    """A StableCascade of that size with random weights: Stage C and text encoder, frozen, made on
-    the device."""
-    if size == "tiny":
-        paths = [TINY / part / "config.json" for part in ("prior", "text_encoder")]
-        prior_config, text_config = (json.loads(path.read_text()) for path in paths)
-    else:
-        prior_config, text_config = SIZES[size], TEXT
+    """A base of that size on the device, frozen, of random weights: network and text encoders."""
     diffusers.utils.logging.set_verbosity_error()
-    base = StableCascade.__new__(StableCascade)  # no checkpoint to load
-    base.device = torch.device(device)
-    base.dtype = dtype
-    base.scheduler = make_scheduler(device)
+    base = dict(sdxl=StableDiffusionXL, sana=Sana).get(size, StableCascade)
+    base = base.__new__(base)  # no checkpoint to load
+    base.device, base.dtype = torch.device(device), dtype
+    base.latent_shape, base.caption_tokens, base.user_dim, base.token_dim = SHAPES[size]
+    base.scheduler = make_scheduler(device)  # Stage C's
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
     with base.device:
-        base.prior = diffusers.StableCascadeUNet.from_config(prior_config)
-        base.text_encoder = transformers.CLIPTextModelWithProjection(
-            transformers.CLIPTextConfig(**text_config)
-        )
+        if size == "sdxl":
+            base.prior = diffusers.UNet2DConditionModel.from_config(XL)
+            base.text_encoders = [make_text_encoder(config) for config in (XL_TEXT, TEXT)]
+            base.image_size, base.prediction_type = 1024, "epsilon"
+            betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float32) ** 2
+            base.alphas_cumprod = (1 - betas).cumprod(0)
+        elif size == "sana":
+            base.prior = diffusers.SanaTransformer2DModel()
+            base.text_encoder = transformers.Gemma2Model(transformers.Gemma2Config())  # 2B
+            base.shift, base.max_length = 3.0, SHAPES[size][1]
+        else:
+            base.prior = diffusers.StableCascadeUNet.from_config(SIZES[size])
+            text = read_json(TINY / "text_encoder" / "config.json") if size == "tiny" else TEXT
+            base.text_encoder = make_text_encoder(text)
     torch.set_default_dtype(torch.float32)
-    for model in (base.prior, base.text_encoder):
+    for model in models_of(base):
         model.to(dtype).eval().requires_grad_(False)
     return base
 
 
-def is_full_scale(base):
-    return base.prior.config.block_out_channels[0] > 512
+def make_text_encoder(config):
+    return transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(**config))
+
+
+def models_of(base):
+    return [base.prior, *(getattr(base, "text_encoders", None) or [base.text_encoder])]
 
 
 def make_batch(base, micro):
     """What PreferencePairs and collate make of cached latents."""
     g = torch.Generator().manual_seed(0)
-    side, length, user_dim = (24, 77, 3584) if is_full_scale(base) else (8, 16, 192)
-    noise = torch.randn(micro, 16, side, side, generator=g)
-    token_ids = torch.randint(2, base.text_encoder.config.vocab_size, (micro, length), generator=g)
+    noise = torch.randn(micro, *base.latent_shape, generator=g)
+    words = models_of(base)[1].config.vocab_size
+    token_ids = torch.randint(2, words, (micro, base.caption_tokens), generator=g)
+    is_xl = len(models_of(base)) == 3  # the second row: another tokenizer's, or a mask
     batch = dict(
-        images=torch.randn(2 * micro, 16, side, side, generator=g).to(base.dtype),
+        images=torch.randn(2 * micro, *base.latent_shape, generator=g).to(base.dtype),
         noise=torch.cat([noise, noise]),
-        user=torch.randn(micro, user_dim, generator=g),
+        user=torch.randn(micro, base.user_dim, generator=g),
         t=torch.rand(micro, generator=g).mul(0.999).add(0.001),
         drop_draw=torch.rand(micro, generator=g),
-        tokens=torch.stack([token_ids, torch.ones_like(token_ids)]),
+        tokens=torch.stack([token_ids, token_ids if is_xl else torch.ones_like(token_ids)]),
     )
     if base.device.type == "cuda":
         batch = {key: value.pin_memory() for key, value in batch.items()}
     return batch
 
 
-def make_adapter(base, batch):
-    token_dim = 1024 if is_full_scale(base) else 64
-    adapter = UserAdapter(batch["user"].shape[1], base.channels, 4, token_dim)
+def make_adapter(base):
+    adapter = UserAdapter(base.user_dim, base.channels, 4, base.token_dim)
     return adapter.install(base.attention_layers())
 
 
@@ -143,16 +165,12 @@ def recipe_micro_step(base, reference, adapter, batch):
     batch = {key: value.to(base.device) for key, value in batch.items()}
     t = batch["t"].repeat(2)
     x_t = base.add_noise(batch["images"], batch["noise"], t)
-    conditions = [c.repeat(2, 1, 1) for c in base.encode_tokens(batch["tokens"])]
-    policy = base.prior
+    conditions = [torch.cat([c, c]) for c in base.encode_tokens(batch["tokens"])]
     with adapter.user(adapter(batch["user"], batch["drop_draw"] <= 0.1)):
         pred = base.predict(x_t, t, *conditions)
-        base.prior = reference
-        with torch.no_grad():
+        with torch.no_grad(), mock.patch.object(base, "prior", reference):
             pred_ref = base.predict(x_t, t, *conditions)
-        base.prior = policy
-        losses, _ = ppd_loss(pred, pred_ref, batch["noise"], 1.0)
-        loss = losses.mean()
+        loss = ppd_loss(pred, pred_ref, batch["noise"], 1.0)[0].mean()
         loss.backward()
     loss.item()
 
@@ -163,42 +181,31 @@ def make_arms(args, device, dtype):
     GPU together."""
     base = make_base(args.base, device, dtype)
     batch = make_batch(base, args.micro)
-    reference = None
-    if "recipe" in args.arms:
-        reference = copy.deepcopy(base.prior)  # before the adapter is installed: it knows no user
-    adapter = make_adapter(base, batch)
+    # before the adapter is installed: it knows no user
+    reference = copy.deepcopy(base.prior) if "recipe" in args.arms else None
+    adapter = make_adapter(base)
     parameters = list(adapter.parameters())
-    optimizers = {
-        arm: torch.optim.AdamW(parameters, lr=1e-5, fused=arm != "recipe" and device == "cuda")
-        for arm in args.arms
-    }
+    fused = {arm: arm != "recipe" and device == "cuda" for arm in args.arms}
+    optimizers = {a: torch.optim.AdamW(parameters, lr=1e-5, fused=f) for a, f in fused.items()}
     base.compile_blocks()
-    blocks = [block for block in base.prior.modules() if block._compiled_call_impl]
-    compiled_calls = [block._compiled_call_impl for block in blocks]
-
-    def switch(arm):
-        if arm == "recipe" or args.checkpointing:
-            base.prior.enable_gradient_checkpointing()
-        else:
-            base.prior.disable_gradient_checkpointing()
-        for block, call in zip(blocks, compiled_calls, strict=True):
-            block._compiled_call_impl = call if arm == "ours" else None  # what compile() sets
-        adapter.compiled = arm == "ours"
 
     def step(arm):
-        switch(arm)
-        for _ in range(args.accumulate):
-            if arm == "recipe":
-                recipe_micro_step(base, reference, adapter, batch)
-            else:
-                micro_step(base, adapter, batch, 1.0, 0.1, args.micro)
+        adapter.compiled = arm == "ours"
+        switch = "enable" if arm == "recipe" or args.checkpointing else "disable"
+        getattr(base.prior, f"{switch}_gradient_checkpointing")()
+        with torch.compiler.set_stance("default" if arm == "ours" else "force_eager"):
+            for _ in range(args.accumulate):
+                if arm == "recipe":
+                    recipe_micro_step(base, reference, adapter, batch)
+                else:
+                    micro_step(base, adapter, batch, 1.0, 0.1, args.micro)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizers[arm].step()
         optimizers[arm].zero_grad(set_to_none=True)
         return norm.item()
 
     def kept_bytes(arm):
-        tensors = [*base.prior.parameters(), *base.text_encoder.parameters(), *parameters]
+        tensors = [p for model in models_of(base) for p in model.parameters()] + parameters
         for values in optimizers[arm].state.values():
             tensors += values.values()
         if arm == "recipe":
@@ -218,10 +225,10 @@ def count(args, fused, checkpointing=False):
     """
     base = make_base(args.base, "meta", torch.bfloat16)
     batch = make_batch(base, args.micro)
-    adapter = make_adapter(base, batch)
+    adapter = make_adapter(base)
     if checkpointing:
         base.prior.enable_gradient_checkpointing()
-    frozen = [*base.prior.parameters(), *base.text_encoder.parameters()]
+    frozen = [p for model in models_of(base) for p in model.parameters()]
     trained = list(adapter.parameters())
     known = {p.untyped_storage()._cdata for p in frozen + trained}
     kept = {}
@@ -230,6 +237,9 @@ def count(args, fused, checkpointing=False):
     def flash(q, k, v, attn_mask=None, **settings):
         if attn_mask is None and q.requires_grad:
             return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+        if q.requires_grad:
+            mask = attn_mask.expand(*q.shape[:3], k.shape[2])
+            return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, True)[0]
         return plain(q, k, v, attn_mask, **settings)
 
     def keep(tensor):
@@ -238,9 +248,8 @@ def count(args, fused, checkpointing=False):
             kept[storage._cdata] = (storage.nbytes(), tensor)
         return tensor
 
-    attention = flash if fused else plain
     with (
-        mock.patch.object(F, "scaled_dot_product_attention", attention),
+        mock.patch.object(F, "scaled_dot_product_attention", flash if fused else plain),
         FlopCounterMode(display=False) as counter,
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
@@ -255,12 +264,12 @@ def count(args, fused, checkpointing=False):
 
 def print_count(args):
     flops, *sizes = count(args, fused=True, checkpointing=args.checkpointing)
-    frozen, trained, kept, total = (size / 2**30 for size in (*sizes, sum(sizes)))
+    frozen, trained, kept = (size / 2**30 for size in sizes)
     how = ", checkpointing" if args.checkpointing else ""
     print(
         f"{args.base}, {args.micro} pairs{how}: {flops / 1e12:.4g} TFLOP a pair; "
         f"GiB: {frozen:.1f} frozen weights + {trained:.1f} adapter, gradient and AdamW + "
-        f"{kept:.1f} kept for backward = {total:.1f}"
+        f"{kept:.1f} kept for backward = {frozen + trained + kept:.1f}"
     )
 
 
@@ -278,20 +287,13 @@ def seconds(work, gpu):
 
 def matmul_flops(device, dtype):
     """FLOP/s of a large matrix product, the best of a few: what the hardware gives at most."""
-    gpu = device == "cuda"
-    n, repeat = (8192, 10) if gpu else (1536, 2)
+    n = 16384 if device == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=dtype)
-
-    def multiply():
-        for _ in range(repeat):
-            a @ a
-
-    return repeat * 2 * n**3 / min(seconds(multiply, gpu) for _ in range(5))
+    return 2 * n**3 / min(seconds(partial(torch.mm, a, a), device == "cuda") for _ in range(5))
 
 
 def take_turns(args, arms, kept_bytes, device, dtype):
-    """{arm: seconds of its first step}, {arm: seconds of the others}, {arm: peak bytes}, and the
-    median ceiling."""
+    """{arm: seconds of its first step}, of the others, {arm: peak bytes}, the median ceiling."""
     gpu = device == "cuda"
     first = {arm: seconds(step, gpu) for arm, step in arms.items()}
     times, peak = {arm: [] for arm in arms}, dict.fromkeys(arms, 0)
@@ -301,11 +303,10 @@ def take_turns(args, arms, kept_bytes, device, dtype):
         for arm, step in arms.items():
             if gpu:
                 torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
+            before = torch.cuda.memory_allocated()  # 0 on a CPU
             times[arm].append(seconds(step, gpu))
-            if gpu:
-                used = torch.cuda.max_memory_allocated() - before + kept_bytes(arm)
-                peak[arm] = max(peak[arm], used)
+            used = torch.cuda.max_memory_allocated() - before + kept_bytes(arm)
+            peak[arm] = max(peak[arm], used)
     return first, times, peak, statistics.median(ceilings)
 
 
@@ -314,15 +315,14 @@ def largest_costs(step, gpu):
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
     with torch.profiler.profile(activities=activities) as profile:
         step()
-    costs = {}
-    for event in profile.key_averages():
-        if not gpu:
-            costs[event.key] = event.self_cpu_time_total
-        elif event.device_type == DeviceType.CUDA and not event.is_user_annotation:
-            costs[event.key] = event.self_device_time_total  # kernels alone
-    total = sum(costs.values())
-    largest = sorted(costs, key=costs.get)[:-4:-1]
-    return "; ".join(f"{key} {100 * costs[key] / total:.0f}%" for key in largest)
+    events = profile.key_averages()
+    if gpu:  # kernels alone
+        kernels = [e for e in events if e.device_type == DeviceType.CUDA]
+        costs = {e.key: e.self_device_time_total for e in kernels if not e.is_user_annotation}
+    else:
+        costs = {e.key: e.self_cpu_time_total for e in events}
+    largest = sorted(costs, key=costs.get, reverse=True)[:3]
+    return "; ".join(f"{key} {100 * costs[key] / sum(costs.values()):.0f}%" for key in largest)
 
 
 def measure(args, device, dtype):

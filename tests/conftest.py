@@ -46,15 +46,9 @@ def signals_as_before():
 
 
 def script(*command, check=True, **env):
-    """Run one of the project's scripts as a user would; returns the finished process, output as
-    text."""
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | env,
-    )
+    """Run one of the scripts as a user would; returns the finished process, output as text."""
+    how = dict(cwd=ROOT, capture_output=True, text=True, env=os.environ | env)
+    done = subprocess.run([sys.executable, *map(str, command)], **how)
     assert not check or done.returncode == 0, done.stderr[-3000:]
     return done
 
@@ -78,9 +72,18 @@ def train_flags(users, out, *flags):
 
 def run_train(users, out, *flags):
     """train.py in this process, two small steps unless the flags say otherwise."""
-    import train  # only now: torch reads the environment above
+    import train
 
     train.main(train_flags(users, out, *flags))
+
+
+def moved(adapter, std=0.3):
+    """An adapter whose V' has left zero."""
+    import torch  # only now: it reads the environment above
+
+    for layer in adapter.to_v:
+        torch.nn.init.normal_(layer.weight, std=std)
+    return adapter
 
 
 def evaluation(out, command):
@@ -96,23 +99,31 @@ def with_columns(table, **columns):
     return table
 
 
+@pytest.fixture(scope="session", autouse=True)
+def few_validation_pairs():
+    """Of trainings in this process: 1,024 would take most of a short run's time."""
+    import train
+
+    train.VALIDATION_PAIRS = 32
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A small drawn data set and its one-hot users, made by the real scripts: (data folder, users
-    folder)."""
+    """A small drawn data set and its one-hot users, by the real scripts: (data, users) folders."""
+    import embed
+    import tiny.world
+
     folder = tmp_path_factory.mktemp("world")
     data, users = folder / "data", folder / "users"
-    script("-m", "tiny.world", "--out", data, "--users", 60, "--pairs", 12, "--seed", 7)
-    script("embed.py", "--data", data, "--one-hot", "light", "warm", "large", "--users", users)
+    call(tiny.world, "--out", data, "--users", 60, "--pairs", 12, "--seed", 7)
+    call(embed, "--data", data, "--one-hot", "light", "warm", "large", "--users", users)
     return data, users
 
 
 @pytest.fixture(scope="session")
 def lean(world, tmp_path_factory):
-    """The same data and users with training pairs alone: nothing to validate on, so that many short
-    runs are quick."""
-    users = tmp_path_factory.mktemp("lean") / "users"
-    shutil.copytree(world[1], users)
+    """The same with training pairs alone: nothing to validate on, so that short runs are quick."""
+    users = shutil.copytree(world[1], tmp_path_factory.mktemp("lean") / "users")
     table = pq.read_table(users / "pairs.parquet")
     pq.write_table(table.filter(pc.equal(table["split"], "train")), users / "pairs.parquet")
     return world[0], users
@@ -121,8 +132,10 @@ def lean(world, tmp_path_factory):
 @pytest.fixture(scope="session")
 def people(world, tmp_path_factory):
     """The same small data, its users read by the VLM: (data folder, users folder)."""
+    import embed
+
     users = tmp_path_factory.mktemp("people") / "users"
-    script("embed.py", "--data", world[0], "--users", users)
+    call(embed, "--data", world[0], "--users", users)
     return world[0], users
 
 

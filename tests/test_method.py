@@ -8,7 +8,7 @@ from diffusers.models.attention_processor import Attention, IPAdapterAttnProcess
 from safetensors import safe_open
 
 from bases import load_base
-from ppd import UserAdapter, UserAttnProcessor, ppd_loss
+from ppd import UserAdapter, UserAttnProcessor, guard_scale, ppd_loss
 from utils import InputError
 
 STAR_AND_CROSS = ["a red star", "a blue cross"]
@@ -289,3 +289,29 @@ def test_adapter_round_trip_holds_adapter_tensors_only(plain, tmp_path):
 def test_float16_is_refused():
     with pytest.raises(InputError, match="float16"):
         load_base("tiny", dtype=torch.float16)
+
+
+# ------------------------------------------------------------------------------------ the guard
+def test_the_guard_keeps_the_preferred_error_from_growing():
+    """Both images' predictions move alike, as one shared offset: the worst case that the guard is
+    derived for. Without it a step can raise the preferred image's error, with it none does."""
+    grew = dict.fromkeys((False, True), 0)
+    for seed in range(40):
+        g = torch.Generator().manual_seed(seed)
+        preferred = torch.randn(1, 2, 4, 4, generator=g)
+        dispreferred = 1.6 * preferred + 0.8 * torch.randn(1, 2, 4, 4, generator=g)
+        pred = torch.cat([preferred, dispreferred])
+        target, reference = torch.zeros_like(pred), 1.1 * pred
+        for guard in grew:
+            offset = torch.zeros(1, 2, 4, 4, requires_grad=True)
+            losses, log = ppd_loss(pred + offset, reference, target, 0.01, guard=guard)
+            losses.sum().backward()
+            plain, _ = ppd_loss(pred, reference, target, 0.01)
+            assert torch.equal(losses.detach(), plain)  # the loss is what it was
+            slope = -(preferred * offset.grad).sum().item()  # of its error, along the step
+            grew[guard] += slope > 1e-4
+    assert grew[False] > 20 and grew[True] == 0
+    scale = guard_scale(pred, target)
+    inner = (preferred * dispreferred).sum()
+    assert scale.item() == pytest.approx((preferred.square().sum() / inner).item())
+    assert guard_scale(torch.cat([preferred, -dispreferred]), target).item() == 1

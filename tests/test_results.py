@@ -4,7 +4,7 @@ assets/results.json, which a shipped adapter still earns."""
 import json
 import re
 import shutil
-import time
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,18 +22,16 @@ import train
 import utils
 from bases import load_base
 from bases.images import ImagePairs
-from conftest import ROOT, call, evaluation, refusal, run_train, script
+from conftest import ROOT, call, evaluation, moved, refusal, run_train, script
 from data import hash_fraction, read_pairs, read_rows, split_rows
 from ppd import UserAdapter, ppd_loss
-from sample import generate, load_base_for, load_user_embedding
 from tiny import world as drawn_world
 
-RESULTS = ROOT / "assets" / "results.json"
+RESULTS = json.loads((ROOT / "assets" / "results.json").read_text())
 UPPER_BOUND = "one Diffusion-DPO a reward"
 METHODS = ("base", "Diffusion-DPO", "SFT", "PPD", UPPER_BOUND)
-TABLES = {
-    name: getattr(evaluate, f"{name}_table") for name in ("users", "choices", "judge", "rewards")
-}
+TABLES = {name: getattr(evaluate, f"{name}_table") for name in evaluate.COMMANDS}
+
 TABLES |= {name: getattr(experiments, f"{name}_table") for name in experiments.EXPERIMENTS}
 
 
@@ -42,7 +40,7 @@ def here(monkeypatch):
     """Scripts that evaluate.py starts run in this process: a start takes seconds."""
 
     def run_python(name, *flags):
-        call({"train.py": train, "embed.py": embed}[name], *flags)
+        call(sys.modules[name.removesuffix(".py")], *flags)
 
     monkeypatch.setattr(utils, "run_python", run_python)
 
@@ -52,16 +50,14 @@ def module_of(command):
 
 
 def evaluated(command, *flags, out):
-    """One subcommand, run small -> its part of evaluation.json, its table being in
-    evaluation.md."""
+    """One subcommand, run small -> its part of evaluation.json; its table is in evaluation.md."""
     module = module_of(command)
     few = [] if command == "tune" else ["--steps", 2]
     call(module, command, *flags, *few, "--out", out)
     result = evaluation(out, command)
     assert TABLES[command](result) in (out / "evaluation.md").read_text()
     assert result["made"]["command"].startswith(f"python {module.__name__}.py {command}")
-    for image in out.glob("*.png"):
-        assert np.asarray(Image.open(image)).std() > 10
+    assert all(np.asarray(Image.open(image)).std() > 10 for image in out.glob("*.png"))
     return result
 
 
@@ -78,22 +74,20 @@ def test_table_1_and_figure_3(onehot_run, world, tmp_path, here, capsys):
     baselines = tmp_path / "baselines"
     flags = ["--adapter", onehot_run, "--baselines", baselines, "--n", 6]
     result = evaluated("rewards", *flags, out=tmp_path / "out")
+    said = capsys.readouterr().out
     assert set(result["table_1"]) == set(METHODS)
-    for method in METHODS:
-        row = result["table_1"][method]
+    for row in result["table_1"].values():
         assert all(row[column]["n"] == 6 for column in ("light", "warm", "large", "fidelity"))
     for r in (rates["base"] for rates in result["figure_3"].values()):
         assert r.keys() == {"win_rate", "n", "ci95", "mean", "mean_other"} and r["n"] == 6
         assert r["ci95"][0] <= r["win_rate"] <= r["ci95"][1]
     assert set(result["figure_3"]["warm"]) == set(METHODS) - {"PPD"}
     assert {p.name for p in (tmp_path / "out").glob("*.png")} == {"rewards.png", "figure_3.png"}
-
     headers = {path.name: UserAdapter.load(path).header for path in baselines.iterdir()}
-    objectives = {name: header["objective"] for name, header in headers.items()}
-    uppers = ("dpo-light", "dpo-warm", "dpo-large")
-    assert objectives == dict(sft="sft", dpo="dpo") | dict.fromkeys(uppers, "dpo")
+    assert headers.keys() == {"sft", "dpo", "dpo-light", "dpo-warm", "dpo-large"}
     same = UserAdapter.load(onehot_run).header["recipe"]
-    for header in headers.values():
+    for name, header in headers.items():
+        assert header["objective"] == name[:3]
         assert header["step"] == 2 and header["recipe"] | dict(only=None) == same
     assert headers["dpo-warm"]["recipe"]["only"] == ["warm"]
     assert (baselines / "dpo" / "train.jsonl").read_text().splitlines()
@@ -102,8 +96,9 @@ def test_table_1_and_figure_3(onehot_run, world, tmp_path, here, capsys):
     original = {row["ranking_id"]: row["preferred"] for row in rows}
     assert all(row["preferred"] == original[row["ranking_id"]] for row in own)
     assert {row["user"] for row in own} == {"own"}
-
-    capsys.readouterr()
+    pairs, _ = read_pairs(world[1])  # dpo-warm's training reads that reward's alone
+    n = sum(row["user"] == "warm" and row["split"] == "train" for row in pairs)
+    assert f"{n} training pairs of 1 users" in said
     again = evaluated("rewards", *flags, out=tmp_path / "out")
     for r in (result, again):
         del r["made"]["seconds"]
@@ -113,13 +108,6 @@ def test_table_1_and_figure_3(onehot_run, world, tmp_path, here, capsys):
     said = refusal(evaluate, "rewards", "--adapter", tmp_path / "other", "--baselines", baselines)
     problem = "dpo: trained with beta .*, but .* is compared with 3.0; choose another --base"
     assert re.search(problem, said), said
-
-
-def test_one_reward_only(world, tmp_path, capsys):
-    run_train(world[1], tmp_path, "--only", "warm", "--max-steps", 1)
-    pairs, _ = read_pairs(world[1])
-    n = sum(row["user"] == "warm" and row["split"] == "train" for row in pairs)
-    assert f"{n} training pairs of 1 users" in capsys.readouterr().out
 
 
 def test_figure_4(onehot_run, tmp_path):
@@ -136,28 +124,25 @@ def test_figure_4(onehot_run, tmp_path):
 @pytest.mark.parametrize("with_profile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_figure_2(with_profile, tmp_path):
     data, users, after = (tmp_path / name for name in ("data", "users", "after"))
-    script("-m", "tiny.world", "--out", data, "--users", 24, "--pairs", 90, "--seed", 3)
+    call(drawn_world, "--out", data, "--users", 24, "--pairs", 90, "--seed", 3)
     no_splits = "--test-captions 0 --validation-captions 0 --unseen-users 0 --validation-users 0"
     how = ["--data", data, *no_splits.split(), "--groups", 13]
     flags = ["--users", users]
     layers = [f"prompt, layer {k}" for k in range(5)]
-    script("embed.py", "--users", users, "--layer", "all", *how)
+    call(embed, "--users", users, "--layer", "all", *how)
     if with_profile:
-        script("embed.py", "--users", after, "--profile", *how)
+        call(embed, "--users", after, "--profile", *how)
         flags += ["--profile-users", after]
         layers.append("profile, layer -1")
     result = evaluated("classify", *flags, out=tmp_path / "out")
     assert list(result["states"]) == layers and 20 <= result["people"] <= 24
     for row in (*result["states"].values(), *result["ceilings"].values()):
         rates = [r["rate"] for r in row.values()]
-        assert [r["n"] for r in row.values()] == [result["people"]] * 5
-        assert sorted(rates) == rates
-    ceilings = {name: row["4"]["rate"] for name, row in result["ceilings"].items()}
-    assert ceilings["a perfect reader of the four choices"] <= ceilings["the true taste"] + 0.1
-    top_4 = {name: row["4"]["rate"] for name, row in result["states"].items()}
-    chance = result["chance"]["4"]
-    assert top_4["prompt, layer 4"] > chance
-    assert chance == pytest.approx(top_4["prompt, layer 0"], abs=1e-4)
+        assert [r["n"] for r in row.values()] == [result["people"]] * 5 and sorted(rates) == rates
+    best = {name: row["4"]["rate"] for name, row in result["ceilings"].items()}
+    assert best["a perfect reader of the four choices"] <= best["the true taste"] + 0.1
+    first, last = (result["states"][layers[k]]["4"]["rate"] for k in (0, 4))
+    assert first == pytest.approx(result["chance"]["4"], abs=1e-4) and last > result["chance"]["4"]
     said = refusal(experiments, "classify", "--users", users, "--profile-users", users)
     assert "expected a user read after the profile from the same choices" in said
 
@@ -170,12 +155,11 @@ def test_classifier_on_what_can_and_cannot_be_told():
 
     middle = noise(30)
 
-    def near_own_middle(n=1):
+    def near(n):
         return middle.repeat(n, 1) + 0.05 * noise(30 * n)
 
     owners = torch.arange(30).repeat(6)
-    seen, validation, new = (near_own_middle(n) for n in (6, 1, 1))
-    told = experiments.classifier(seen, owners, validation, new, 0)
+    told = experiments.classifier(near(6), owners, near(1), near(1), 0)
     assert (told == 0).float().mean() > 0.9
     not_told = experiments.classifier(noise(180), owners, noise(30), noise(30), 0)
     assert not_told.float().mean() > 10  # chance is 14.5
@@ -191,10 +175,10 @@ def test_figure_6(people_run, tmp_path, here):
 
 
 def test_choices_small(people_run, tmp_path):
-    result = evaluated("choices", "--adapter", people_run, "--n", 12, out=tmp_path)
+    result = evaluated("choices", "--adapter", people_run, "--n", 4, out=tmp_path)
     for r in (result["seen"], result["new_user"], result["new_taste"]):
         for arm in ("own", "zero", "other", "perfect_reader", "true_taste"):
-            assert r[arm].keys() == {"rate", "n", "users", "ci95"} and r[arm]["n"] <= 12
+            assert r[arm].keys() == {"rate", "n", "users", "ci95"} and r[arm]["n"] <= 4
         assert {"mean", "p", "mcnemar_p", "own_only", "other_only"} < r["own_over_zero"].keys()
         assert r["logit"]["noise"] > 0
 
@@ -225,8 +209,7 @@ def test_what_is_personal_in_a_cross():
     assert same["gain"]["mean"] == same["personal_gain"]["share"] == 0  # equal images are ties
     assert same["win_rate"]["rate"] == same["own_over_zero"]["rate"] == 0.5
     for r in own.values():
-        value = r.get("mean", r.get("rate"))
-        assert r["ci95"][0] <= value <= r["ci95"][1]
+        assert r["ci95"][0] <= r.get("mean", r.get("rate")) <= r["ci95"][1]
 
 
 def test_tune_reads_no_test_user_or_caption(people, tmp_path, here, monkeypatch):
@@ -249,9 +232,9 @@ def test_tune_reads_no_test_user_or_caption(people, tmp_path, here, monkeypatch)
     monkeypatch.setattr(evaluate, "generate", generate)
     small = dict(beta=(1.0, 2.0), t_min=(0.85,), guidance=(2.0,), steps=(2,))
     monkeypatch.setattr(experiments, "TUNED", small)
+    monkeypatch.setattr("bases.cascade.PatchCodec.default_steps", 2)
+    monkeypatch.setitem(train.DEFAULTS["tiny"], "batch", 8)
     flags = ["--users", people[1], "--train-steps", 1, "--n", 3]
-    said = refusal(experiments, "tune", "--users", people[1], "--steps", 3)
-    assert "tune: --steps and --guidance are what it chooses" in said
     result = evaluated("tune", *flags, out=tmp_path)
     assert len(result["tried"]) == 2 and result["chosen"] in [t["setting"] for t in result["tried"]]
     validation = {row["user"] for row in pairs if row["split"] == "validation-unseen"}
@@ -261,16 +244,19 @@ def test_tune_reads_no_test_user_or_caption(people, tmp_path, here, monkeypatch)
     assert list(changes) == ["default", "one token", "10 training users"]
     assert UserAdapter.load(tmp_path / "one-token").n_tokens == 1
     assert len(UserAdapter.load(tmp_path / "10-training-users").header["recipe"]["only"]) == 10
+    monkeypatch.setattr(experiments, "COLLAPSE", {"loose": "--lr 0.1", "held": "--lr 0.1 --guard"})
+    runs = evaluated("collapse", *flags, "--train-steps", 2, out=tmp_path)["runs"]
+    assert UserAdapter.load(tmp_path / "held").header["recipe"]["guard"]
+    for run in runs.values():
+        assert [point["step"] for point in run["curve"]] == [1, 2]
+        assert run["curve"][1]["preferred"] > run["curve"][0]["preferred"] > 0
 
 
 def test_implicit_logits_are_eq_6_by_hand(people_run, people):
-    data = people[0]
     rows = [row for row in read_pairs(people[1])[0] if row["split"] == "test-unseen"][:3]
     base = load_base("tiny")
-    adapter = UserAdapter.load(people_run).install(base.attention_layers())
-    for layer in adapter.to_v:
-        torch.nn.init.normal_(layer.weight, std=0.05)
-    images = ImagePairs(data, base.codec, rows)
+    adapter = moved(UserAdapter.load(people_run).install(base.attention_layers()), std=0.05)
+    images = ImagePairs(people[0], base.codec, rows)
     users = dict(a=torch.randn(3, 192), b=torch.zeros(3, 192))
     settings = (base, adapter, rows, images, users, 0.8)
     logits = rewards.implicit_logits(*settings, batch=50)
@@ -343,7 +329,7 @@ def test_the_scripts_share_a_page(tmp_path, capsys):
     def report(command, value, table, **images):
         args = SimpleNamespace(out=str(tmp_path), device="cpu", command=command)
         args.made_by = f"python {module_of(command).__name__}.py {command}"
-        args.began = time.time()
+        args.began = 0
         evaluate.report(args, dict(value=value), table, images)
 
     page = tmp_path / "evaluation.md"
@@ -361,8 +347,7 @@ def test_the_scripts_share_a_page(tmp_path, capsys):
     assert page.read_text() == f"{want}\n## interpolate\n\nother\n\ntext\n"  # in its place
     assert evaluation(tmp_path, "people")["value"] == 4
     last = evaluation(tmp_path, "interpolate")
-    assert last["value"] == 3
-    assert last["made"]["command"] == "python experiments.py interpolate"
+    assert last["value"] == 3 and last["made"]["command"] == "python experiments.py interpolate"
     assert Image.open(tmp_path / "image.png").size == (9, 9)
     assert f"{tmp_path}/evaluation.md, {tmp_path}/image.png" in capsys.readouterr().out
 
@@ -390,41 +375,33 @@ def test_numbers():
     assert evaluate.wilson(1.0, 10) == [pytest.approx(0.7225, abs=1e-3), 1]
 
 
-def test_users_who_are_not_drawn_have_no_true_taste(people):
-    flags = ["--adapter", "assets/ppd", "--data", "data", "--users", people[1]]
-    problem = "--data: no data/people.json; of users who are not drawn ask evaluate.py judge"
-    assert refusal(evaluate, "users", *flags) == f"evaluate.py: error: {problem}"
-
-
-def test_bias_free_projector_makes_the_zero_user_the_base():
+@pytest.mark.parametrize("bias", [False, True])
+def test_bias_free_projector_makes_the_zero_user_the_base(bias):
     torch.manual_seed(0)
-    adapter = UserAdapter(8, [16, 16], bias=False)
-    assert adapter(adapter.mean[None]).abs().max() == 0
-    assert not any("bias" in key for key in adapter.state_dict())
-    adapter = UserAdapter(8, [16, 16])
-    assert adapter(adapter.mean[None]).abs().max() > 0
+    adapter = UserAdapter(8, [16, 16], bias=bias)
+    assert (adapter(adapter.mean[None]).abs().max() > 0) == bias
+    assert any("bias" in key for key in adapter.state_dict()) == bias
 
 
 # -------------------------------------------------------------------- what is shipped
 def test_the_pages_show_the_results():
     """Every table row of the results' pages is one that the shipped numbers give, every shipped
     number is there, and README.md has none but those."""
-    results = json.loads(RESULTS.read_text())
     pages = {page.stem: page.read_text() for page in ROOT.glob("docs/*.md")}
     tables = TABLES | dict(common_0=evaluate.users_table)
     tables |= dict.fromkeys(("icons", "icons_vlm"), evaluate.choices_table)
-    assert set(results) == set(tables)
+    assert set(RESULTS) == set(tables)
     rows = set()
     for name, table in tables.items():
         page = dict(words="drawn-world", ablations="choices").get(name, "results")
         text = pages[page]
-        for line in table(results[name]).splitlines():
+        for line in table(RESULTS[name]).splitlines():
             if line.startswith("|"):
                 assert line in text.splitlines(), f"{name}: docs/{page}.md lacks {line}"
                 rows |= {line} if page == "results" else set()
             for number in re.findall(r"\d\.\d+ \(.*?\)", line):
                 assert number in " ".join(text.split()), f"{name}: docs/{page}.md lacks {number}"
-        command = results[name]["made"]["command"]
+        command = RESULTS[name]["made"]["command"]
         assert re.search(re.escape(command) + r"(?= *$| +#| +&&)", text, re.MULTILINE), command
     shown = {line for line in pages["results"].splitlines() if line.startswith("|")}
     assert shown == rows
@@ -435,11 +412,10 @@ def test_the_pages_show_the_results():
 
 def test_claims_of_the_results():
     """What docs/results.md says of the tables, checked against the numbers."""
-    r = json.loads(RESULTS.read_text())
+    r, means = RESULTS, RESULTS["rewards"]["table_1"]
     assert all(edge["spearman"] >= 0.95 and edge["n"] >= 64 for edge in r["interpolate"]["edges"])
     best = r["classify"]["states"]["prompt, layer 4"]["16"]
     assert best["ci95"][0] > 2 * r["classify"]["chance"]["16"]
-    means = r["rewards"]["table_1"]
     kept = [[r["users"]["base"], r["users"][kind]["fidelity"]] for kind in evaluate.KINDS]
     kept += [[means[method]["fidelity"] for method in ("base", "PPD")]]
     assert all(ours["rate"] >= base["rate"] - 0.05 for base, ours in kept)
@@ -451,23 +427,18 @@ def test_claims_of_the_results():
         assert (low <= mean["base"] <= high) == (reward != "light")
 
 
-def rewards_base(folder, adapter):
-    args = evaluate.parse_args(["rewards", "--adapter", str(folder), "--device", "cpu"])
-    return load_base_for(adapter, args)
-
-
 def test_a_shipped_adapter_scores_as_it_did():
-    first = json.loads(RESULTS.read_text())["rewards"]["first"]
-    captions = [c for c in drawn_world.CAPTIONS if 0.1 <= hash_fraction("caption", c) < 0.35]
-    prompts = sorted(captions)[:12]
-    seeds = range(10_000, 10_012)
+    first = RESULTS["rewards"]["first"]
+    held_out = [c for c in drawn_world.CAPTIONS if 0.1 <= hash_fraction("caption", c) < 0.35]
+    prompts = sorted(held_out)[:12]
+    seeds, base = range(10_000, 10_012), load_base("tiny")
     for method, folder, user in (
         ("PPD", "onehot", "assets/onehot/warm.pt"),
         (UPPER_BOUND, "onehot/dpo-warm", "zero"),
     ):
-        adapter = UserAdapter.load(ROOT / "assets" / folder)
-        base = rewards_base("assets/onehot", adapter)
-        images = generate(base, prompts, seeds, adapter, load_user_embedding(adapter, user))
+        adapter = UserAdapter.load(ROOT / "assets" / folder).install(base.attention_layers())
+        vector = sample.load_user_embedding(adapter, user)
+        images = sample.generate(base, prompts, seeds, adapter, vector)
         off = np.abs(rewards.score("warm", images, prompts) - first[method]["warm"])
         # another machine's arithmetic moves a pixel or two
         assert np.median(off) < 0.02 and off.max() < 0.3, off
@@ -475,19 +446,17 @@ def test_a_shipped_adapter_scores_as_it_did():
 
 @pytest.mark.slow
 def test_a_cell_trained_again(tmp_path):
-    """Diffusion-DPO for `warm`, from Table 1, trained again by the README's recipe: the mean reward
-    is within its interval."""
-    users = tmp_path / "users"
-    run = tmp_path / "run"
+    """Table 1's Diffusion-DPO for `warm`, by the README's recipe: its mean is in the interval."""
+    users, run = tmp_path / "users", tmp_path / "run"
     script("embed.py", "--one-hot", "light", "warm", "large", "--users", users)
     how = "--objective dpo --only warm --preview-every 0".split()
     script("train.py", "--users", users, "--out", run, *how)
-    adapter = UserAdapter.load(run)
+    base = load_base("tiny")
+    adapter = UserAdapter.load(run).install(base.attention_layers())
     pairs, _ = read_pairs(users)
     captions = sorted({row["caption"] for row in pairs if row["split"].startswith("test")})
     prompts = [captions[i % len(captions)] for i in range(200)]
-    zero = adapter.mean[None]
-    images = generate(rewards_base(run, adapter), prompts, range(10_000, 10_200), adapter, zero)
+    images = sample.generate(base, prompts, range(10_000, 10_200), adapter, adapter.mean[None])
     again = rewards.score("warm", images, prompts).mean()
-    low, high = json.loads(RESULTS.read_text())["rewards"]["table_1"][UPPER_BOUND]["warm"]["ci95"]
+    low, high = RESULTS["rewards"]["table_1"][UPPER_BOUND]["warm"]["ci95"]
     assert low < again < high

@@ -257,7 +257,7 @@ def test_resume_is_exact(world, trained, tmp_path, monkeypatch):
     flags = [*FOUR_STEPS, "--resume"]
     real, calls = train.micro_step, []
 
-    def interrupted(base, adapter, batch, beta, user_drop, pairs_per_step=None):
+    def interrupted(base, adapter, batch, beta, user_drop, pairs_per_step=None, guard=False):
         if pairs_per_step:  # not validation
             calls.append(1)
             if len(calls) == 2:  # in the middle of step 1

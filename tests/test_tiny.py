@@ -2,6 +2,7 @@
 it; and how its small checkpoints were trained."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -269,9 +270,13 @@ def assert_same_weights(folder, other):
 
 
 def test_base_training_resumes_exactly(tmp_path, monkeypatch):
-    few = dict(steps=4, batch=4, lr=1e-3, seed=0, pictures=80, width=64, layers=(1, 1))
-    few |= dict(save_every=1, init=None, lean=2.0, worded=0.5, axes=[1] * 5, frozen_text=False)
+    few = "base --steps 4 --batch 4 --pictures 80 --width 64 --layers 1 1 --save-every 1".split()
     whole, parts, more = (tmp_path / name for name in ("whole", "parts", "more"))
+
+    def train(out, **settings):
+        args = tiny.train.parse_args([*few, "--out", str(out)])
+        tiny.train.run(SimpleNamespace(**vars(args) | settings))
+
     clip = torch.nn.utils.clip_grad_norm_
     calls = []
 
@@ -282,19 +287,18 @@ def test_base_training_resumes_exactly(tmp_path, monkeypatch):
         return clip(*args)
 
     with torch.compiler.set_stance("force_eager"):
-        tiny.train.train_base(whole, **few)
+        train(whole)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(torch.nn.utils, "clip_grad_norm_", killed_in_the_third_step)
-            tiny.train.train_base(parts, **few)
+            train(parts)
         assert torch.load(parts / "state.pt", weights_only=True)["step"] == 2
-        tiny.train.train_base(parts, **few)
+        train(parts)
         assert_same_weights(whole, parts)
         # --init goes on from a finished base: no step at rate 0 changes it
-        again = few | dict(steps=1, lr=0.0, seed=1, init=whole, lean=1.3)
-        tiny.train.train_base(more, **again)
+        train(more, steps=1, lr=0.0, seed=1, init=whole, lean=1.3)
         assert_same_weights(whole, more)
     with pytest.raises(InputError, match="finished base"):
-        tiny.train.train_base(parts, **few)
+        train(parts)
 
 
 # ---------------------------------------------------------------------------- the small VLM

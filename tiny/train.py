@@ -4,11 +4,14 @@ From the repository's root; a killed run goes on when its command is given again
 
     python -m tiny.train base --out first     # small Stage C, 40 minutes
     python -m tiny.train base --init first --out base --seed 1 --lr 5e-4 --lean 1.3
+    python -m tiny.train flow --out flow      # small Sana, by flow matching
     python -m tiny.train vlm --out vlm        # small LLaVA-OneVision, 17 minutes
 """
 
 import argparse
+import json
 import math
+import shutil
 import time
 from pathlib import Path
 
@@ -37,13 +40,17 @@ AUTOCAST = dict(device_type=DEVICE, dtype=torch.bfloat16)
 AUTOCAST["enabled"] = DEVICE == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def training_loop(out, steps, lr, models, optimizer, loss_of, save_every, carry, after=None):
-    """Both small models' resumable loop. loss_of(step) -> loss, {name: number to log}; carry: other
+def training_loop(args, models, loss_of, carry, after=None, beta_2=0.99, weight_decay=0.01):
+    """The small models' resumable loop. loss_of(step) -> loss, {name: number to log}; carry: other
     tensors that a resume needs, by name; after(step) follows the optimizer's step."""
+    trained = [p for p in models.parameters() if p.requires_grad]
+    adam = dict(lr=args.lr, betas=(0.9, beta_2), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(trained, **adam)
     log = {}
     began = time.time()
+    out, steps = Path(args.out), args.steps
     out.mkdir(parents=True, exist_ok=True)
-    config = dict(steps=steps, lr=lr)
+    config = dict(steps=steps, lr=args.lr)
     saved = utils.load_checkpoint(out, config)
     if saved:
         try:
@@ -59,7 +66,7 @@ def training_loop(out, steps, lr, models, optimizer, loss_of, save_every, carry,
     for step in tqdm(range(start, steps), initial=start, total=steps, desc=out.name, disable=None):
         factor = min((step + 1) / 200, 0.5 + 0.5 * math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
-            group["lr"] = lr * factor
+            group["lr"] = args.lr * factor
         loss, numbers = loss_of(step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
@@ -72,12 +79,12 @@ def training_loop(out, steps, lr, models, optimizer, loss_of, save_every, carry,
         if (step + 1) % 250 == 0:
             means = [f"{name} {torch.stack(v[-50:]).mean():.4f}" for name, v in log.items()]
             print(f"step {step + 1} {', '.join(means)} {time.time() - began:.0f} s", flush=True)
-        if (step + 1) % save_every == 0 or step + 1 == steps:
+        if (step + 1) % args.save_every == 0 or step + 1 == steps:
             state = dict(models=models.state_dict(), optimizer=optimizer.state_dict())
             utils.save_checkpoint(out, config=config, carry=carry, step=step + 1, **state)
 
 
-def make_tokenizer(max_length=16):
+def make_tokenizer():
     """A CLIPTokenizer with a token for each word of the world; other text falls back to bytes."""
     alphabet = sorted(ByteLevel.alphabet())
     merges = []
@@ -94,7 +101,7 @@ def make_tokenizer(max_length=16):
     names = [*alphabet, *(letter + "</w>" for letter in alphabet), *map("".join, merges)]
     names = dict.fromkeys([*names, "<|startoftext|>", "<|endoftext|>"])
     vocab = {token: i for i, token in enumerate(names)}
-    tokenizer = transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
+    tokenizer = transformers.CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=16)
     for word in [*COLORS, *SHAPES, *WORDS]:
         assert len(tokenizer(word, add_special_tokens=False).input_ids) == 1, word
     return tokenizer
@@ -106,9 +113,8 @@ def axis_words(z, axes):
 
 
 def fit_codec(images, patch=4, channels=16):
-    """PCA of the patches of images (B, 3, H, W); 16 channels hold 99% of the variance. Partly
-    whitened: fully whitened, the faint directions get heavy tails; not at all, the flat ground
-    outweighs everything else."""
+    """PCA of the patches of images (B, 3, H, W); 16 channels hold 99% of the variance. Whitened in
+    part: wholly, faint directions get heavy tails; not at all, the flat ground outweighs all."""
     codec = PatchCodec(patch, channels)
     patches = einops.rearrange(images, "b c (h p) (w q) -> (b h w) (c p q)", p=patch, q=patch)
     values, vectors = torch.linalg.eigh(torch.cov(patches.T.double()))
@@ -140,6 +146,36 @@ def make_base(tokenizer, width, layers):
     return prior.eval(), text.eval()
 
 
+def draw_captioned(args):
+    """Images (pictures, 3, H, W), their captions, and four more of each with one to three words for
+    what stands out in it; --axes: how often each is named."""
+    rng = np.random.default_rng(args.seed)
+    captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(args.pictures)]
+    drawn = [world.draw_random(rng, c) for c in tqdm(captions, desc="drawing", disable=None)]
+    images = world.to_array(drawn)
+    wordings = []
+    odds = np.array(args.axes) / sum(args.axes)
+    for caption, z in zip(captions, world.standardized(images), strict=True):
+        for _ in range(4):
+            order = rng.choice(len(AXES), size=len(AXES), replace=False, p=odds)
+            named = [a for a in order if abs(z[a]) > 0.5][: rng.integers(1, 4)]
+            wordings.append(", ".join([caption, *axis_words(z, named)]))
+    return captions, wordings, torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+def weight_average(models):
+    """Running averages of the weights, {name: tensor}, and what updates them after a step."""
+    ema = {name: value.detach().clone() for name, value in models.state_dict().items()}
+
+    @torch.no_grad()
+    def average(step):
+        decay = min(0.999, (step + 1) / (step + 10))
+        for name, parameter in models.named_parameters():
+            ema[name].lerp_(parameter, 1 - decay)
+
+    return ema, average
+
+
 def match_words(state, folder, model, tokenizer, anew):
     """A text encoder's state dict for another vocabulary: the rows of the words that both have. A
     word of `anew` gets the mirror image of its opposite's, in the middle of all taste words."""
@@ -157,104 +193,77 @@ def match_words(state, folder, model, tokenizer, anew):
     return state | {key: rows}
 
 
-def train_base(
-    out,
-    steps,
-    batch,
-    lr,
-    seed,
-    pictures,
-    width,
-    layers,
-    init,
-    lean,
-    worded,
-    axes,
-    frozen_text,
-    anew=(),
-    save_every=250,
-):
+def noisy_batches(args, latents, tokenizer, captions, wordings):
+    """A function from a step to its batch: latents and noise (B, C, h, w), t (B,), which leans to 1
+    (with --lean 2 half are above 0.75), and token ids and masks of the captions (2, B, L), a share
+    --worded with taste words, a tenth empty."""
+
+    def tokenize(texts):
+        encoded = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+        return torch.stack([encoded.input_ids, encoded.attention_mask])
+
+    plain, worded, empty = map(tokenize, (captions, wordings, [""]))
+
+    def batch_of(step):
+        g = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        index = torch.randint(len(latents), (args.batch,), generator=g)
+        wording = 4 * index + torch.randint(4, (args.batch,), generator=g)
+        kind = torch.rand(args.batch, generator=g)[:, None]
+        ids = torch.where(kind < args.worded, worded[:, wording], plain[:, index])
+        ids = torch.where(kind > 0.9, empty, ids).to(DEVICE)
+        noise = torch.randn(latents[index].shape, generator=g).to(DEVICE)
+        t = (1 - torch.rand(args.batch, generator=g) ** args.lean).clamp(0.001, 1).to(DEVICE)
+        return latents[index].to(DEVICE), noise, t, ids
+
+    return batch_of
+
+
+def train_base(args):
     """Train the small Stage C, its text encoder and the codec; write them in the hub's folder
     layout. Noise prediction on the release's schedule (Eq. 1), exponential weight average."""
-    out = Path(out)
-    if (out / "prior").exists() and not (out / "state.pt").exists():
-        raise InputError(f"--out {out} holds a finished base; choose another folder")
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(pictures)]
-    drawn = [world.draw_random(rng, c) for c in tqdm(captions, desc="drawing", disable=None)]
-    images = world.to_array(drawn)
-    wordings = []  # four of every image: one to three words for what stands out in it
-    for caption, z in zip(captions, world.standardized(images), strict=True):
-        for _ in range(4):
-            order = rng.choice(
-                len(AXES), size=len(AXES), replace=False, p=np.array(axes) / sum(axes)
-            )
-            named = [a for a in order if abs(z[a]) > 0.5][: rng.integers(1, 4)]
-            wordings.append(", ".join([caption, *axis_words(z, named)]))
-    images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    out, init = Path(args.out), args.init
+    captions, wordings, images = draw_captioned(args)
     codec_file = "codec/codec.safetensors"
     codec = PatchCodec.load(Path(init) / codec_file) if init else fit_codec(images[:5000])
     latents = codec.encode(images)
     error = (codec.decode(latents[:2000]) - images[:2000]).abs().mean()
-    print(f"{pictures} images, latent variance {latents.var():.3f}, codec error {error:.4f}")
+    print(f"{args.pictures} images, latent variance {latents.var():.3f}, codec error {error:.4f}")
 
     tokenizer = make_tokenizer()
-    prior, text = make_base(tokenizer, width, layers)
+    prior, text = make_base(tokenizer, args.width, args.layers)
     if init:  # go on from a finished base: its codec too, the latents are its own
         settings = dict(variant="bf16", torch_dtype=torch.float32)
         for model, name in ((prior, "prior"), (text, "text_encoder")):
             before = type(model).from_pretrained(init, subfolder=name, **settings).state_dict()
             if name == "text_encoder":
-                before = match_words(before, init, model, tokenizer, anew)
+                before = match_words(before, init, model, tokenizer, args.anew)
             model.load_state_dict(before)
-    tokens = {}
-    for kind, texts in (("plain", captions), ("worded", wordings), ("empty", [""])):
-        encoded = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
-        tokens[kind] = torch.stack([encoded.input_ids, encoded.attention_mask])
+    batch_of = noisy_batches(args, latents, tokenizer, captions, wordings)
 
     scheduler = diffusers.DDPMWuerstchenScheduler()
-    text.requires_grad_(not frozen_text)
+    text.requires_grad_(not args.frozen_text)
     models = torch.nn.ModuleDict(dict(prior=prior, text=text))
-    ema = {name: value.detach().clone() for name, value in models.state_dict().items()}
-    trained = [p for p in models.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
+    ema, average = weight_average(models)
     fast_prior = torch.compile(prior)
     # Taste words act at the very first, noisiest steps, whose errors are a thousandth of the last
-    # ones': with t uniform and errors unweighted they are never learned. So t leans to 1 (with 2,
-    # half are above 0.75), and every timestep's error counts relative to what is usual there (Stage
-    # C's own "adaptive" weight).
+    # ones': with t uniform and errors unweighted they are never learned. So t leans to 1, and every
+    # timestep's error counts relative to what is usual there (Stage C's own "adaptive" weight).
     usual_error = torch.ones(50, device=DEVICE)
 
     def loss_of(step):
-        g = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        index = torch.randint(pictures, (batch,), generator=g)
-        wording = 4 * index + torch.randint(4, (batch,), generator=g)
-        kind = torch.rand(batch, generator=g)[:, None]  # a tenth is empty
-        ids = torch.where(kind < worded, tokens["worded"][:, wording], tokens["plain"][:, index])
-        ids = torch.where(kind > 0.9, tokens["empty"], ids).to(DEVICE)
-        x0 = latents[index].to(DEVICE)
-        noise = torch.randn(latents[index].shape, generator=g).to(DEVICE)
-        t = (1 - torch.rand(batch, generator=g) ** lean).clamp(0.001, 1).to(DEVICE)
+        x0, noise, t, ids = batch_of(step)
         # sdpa's fused backward is slow on a CPU: plain matrix products take half the time
         with torch.autocast(**AUTOCAST), sdpa_kernel(SDPBackend.MATH):
             encoded = text(ids[0], attention_mask=ids[1], output_hidden_states=True)
             noisy = scheduler.add_noise(x0, noise, t)
-            clip = dict(clip_text=encoded.hidden_states[-1], clip_img=x0.new_zeros(batch, 1, 64))
+            clip = dict(clip_text=encoded.hidden_states[-1], clip_img=x0.new_zeros(len(x0), 1, 64))
             noise_pred = fast_prior(noisy, t, encoded.text_embeds[:, None], **clip).sample
         error = (noise_pred.float() - noise).square().mean((1, 2, 3))
         bucket = (t * 49.999).long()
         usual_error.index_copy_(0, bucket, torch.lerp(usual_error[bucket], error.detach(), 0.05))
         return (error / usual_error[bucket]).mean(), dict(loss=error.mean())
 
-    @torch.no_grad()
-    def average(step):
-        decay = min(0.999, (step + 1) / (step + 10))
-        for name, parameter in models.named_parameters():
-            ema[name].lerp_(parameter, 1 - decay)
-
-    carry = dict(typical=usual_error, **ema)
-    training_loop(out, steps, lr, models, optimizer, loss_of, save_every, carry, average)
+    training_loop(args, models, loss_of, dict(typical=usual_error, **ema), average)
     models.load_state_dict(ema)
     for model, name in ((prior, "prior"), (text, "text_encoder")):  # bf16, as the release's variant
         model.to(torch.bfloat16).save_pretrained(out / name, variant="bf16")
@@ -263,12 +272,54 @@ def train_base(
     (out / "codec").mkdir(exist_ok=True)
     metadata = dict(patch=str(codec.patch), side=str(codec.image_size))
     save_file(codec.state_dict(), out / codec_file, metadata)
-    (out / "state.pt").unlink()
+
+
+def train_flow(args):
+    """Train a small Sana, which predicts the velocity eps - x_0 of x_t = (1 - t) x_0 + t eps, with
+    the text encoder and codec of the base --init as they are."""
+    out, init = Path(args.out), args.init
+    captions, wordings, images = draw_captioned(args)
+    latents = PatchCodec.load(Path(init) / "codec/codec.safetensors").encode(images)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(init, subfolder="tokenizer")
+    settings = dict(subfolder="text_encoder", variant="bf16", torch_dtype=torch.float32)
+    text = transformers.CLIPTextModelWithProjection.from_pretrained(init, **settings).to(DEVICE)
+    batch_of = noisy_batches(args, latents, tokenizer, captions, wordings)
+    sizes = dict(in_channels=16, out_channels=16, patch_size=1, sample_size=8, num_layers=6)
+    sizes |= dict(num_attention_heads=2, attention_head_dim=64, cross_attention_dim=128)
+    sizes |= dict(num_cross_attention_heads=2, cross_attention_head_dim=64, caption_channels=64)
+    model = diffusers.SanaTransformer2DModel(**sizes).to(DEVICE)
+    ema, average = weight_average(model)
+    fast_model = torch.compile(model)
+
+    def loss_of(step):
+        x0, noise, t, (ids, mask) = batch_of(step)
+        s = t.view(-1, 1, 1, 1)
+        with torch.autocast(**AUTOCAST), sdpa_kernel(SDPBackend.MATH):
+            with torch.no_grad():
+                states = text(ids, attention_mask=mask).last_hidden_state
+            conditions = dict(encoder_hidden_states=states, encoder_attention_mask=mask)
+            x_t = (1 - s) * x0 + s * noise
+            velocity = fast_model(x_t, timestep=1000 * t, **conditions).sample
+        loss = (velocity.float() - (noise - x0)).square().mean()
+        return loss, dict(loss=loss)
+
+    training_loop(args, model, loss_of, ema, average)
+    model.load_state_dict(ema)
+    model.to(torch.bfloat16).save_pretrained(out / "transformer")
+    text.to(torch.bfloat16).save_pretrained(out / "text_encoder")
+    tokenizer.save_pretrained(out / "tokenizer")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.save_pretrained(out / "scheduler")
+    shutil.copytree(Path(init) / "codec", out / "codec", dirs_exist_ok=True)
+    parts = dict(_class_name="SanaPipeline", transformer=["diffusers", type(model).__name__])
+    parts |= dict(text_encoder=["transformers", type(text).__name__])
+    parts |= dict(tokenizer=["transformers", "CLIPTokenizer"])
+    parts |= dict(scheduler=["diffusers", type(scheduler).__name__])
+    (out / "model_index.json").write_text(json.dumps(parts, indent=1) + "\n")
 
 
 def make_vlm_tokenizer():
-    """One token for every word of the world and for every fixed piece of embed.py's prompts; any
-    other text falls back to bytes."""
+    """A token for each word of the world and fixed piece of embed.py's prompts; else bytes."""
     alphabet = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=alphabet, merges=[]))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
@@ -365,8 +416,8 @@ def make_examples(rng, z, n, pairs, task):
 
 
 def describe_taste(likely):
-    """How likely each of WORDS is (10,) -> the three likeliest, and the odds of each given those
-    before it, by offset from the answer's end."""
+    """How likely each of WORDS is (10,) -> the three likeliest, and, by offset from the answer's
+    end, the odds of each given those before it."""
     best = np.argsort(-likely)[:3]
     words = list(WORDS)
     odds = {}
@@ -377,8 +428,7 @@ def describe_taste(likely):
 
 
 def soft_targets(answers, odds, tokenizer):
-    """Token ids of the answers, one after the other, as probabilities (tokens, vocabulary): 1, but
-    for the tokens whose odds are known."""
+    """Token ids of the answers as probabilities (tokens, vocabulary): 1, or the known odds."""
     ids = torch.tensor([i for answer in answers for i in answer], device=DEVICE)
     targets = F.one_hot(ids, len(tokenizer)).float()
     ends = np.cumsum([len(answer) for answer in answers])
@@ -390,34 +440,29 @@ def soft_targets(answers, odds, tokenizer):
     return targets
 
 
-def train_vlm(out, steps, batch, lr, seed, pictures, save_every=500):
+def train_vlm(args):
     """Teach the small VLM to read users. 500 steps it only looks at single images, and 1,000 it
     reads the taste from four pairs: without these it learns nothing in hours. Then everything:
     taste in words, with and without describing every pair first, from 1 to 8 pairs, and which of
     two further images the user would choose. Answers are a perfect reader's, with its odds."""
-    out = Path(out)
-    if (out / "config.json").exists() and not (out / "state.pt").exists():
-        raise InputError(f"--out {out} holds a finished VLM; choose another folder")
-    torch.manual_seed(seed)
     vlm, processor = make_vlm()
     vlm.to(DEVICE)
     model, tokenizer = vlm.model, processor.tokenizer
-    rng = np.random.default_rng([seed, 3])
-    each = pictures // len(CAPTIONS)
+    rng = np.random.default_rng([args.seed, 3])
+    each = args.pictures // len(CAPTIONS)
     captions = [caption for caption in CAPTIONS for _ in range(each)]
     drawn = [world.draw_random(rng, c) for c in tqdm(captions, desc="drawing", disable=None)]
     drawn = world.to_array(drawn)
     z = world.standardized(drawn).reshape(len(CAPTIONS), each, -1)
     drawn = torch.from_numpy(drawn).permute(0, 3, 1, 2).mul(2).sub(1).to(torch.bfloat16).to(DEVICE)
-    optimizer = torch.optim.AdamW(vlm.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.05)
 
     def loss_of(step):
-        rng = np.random.default_rng([seed, 4, step])
+        rng = np.random.default_rng([args.seed, 4, step])
         task = "look" if step < 500 else "taste"
         if step >= 1500:
             task = str(rng.choice(["taste", "profile", "judge"], p=[0.4, 0.4, 0.2]))
         pairs = 4 if step < 1500 or rng.uniform() < 0.6 else int(rng.integers(1, 9))
-        n = batch * 4 // (1 if task == "look" else max(pairs, 2))
+        n = args.batch * 4 // (1 if task == "look" else max(pairs, 2))
         prompts, answers, images, odds = make_examples(rng, z, n, pairs, task)
         # 4 patches and a line break an image: what processor and model make of many images
         prompts = tokenizer([text.replace("<image>", "<image>" * 5) for text in prompts]).input_ids
@@ -443,16 +488,16 @@ def train_vlm(out, steps, batch, lr, seed, pictures, save_every=500):
         loss = F.kl_div(log_probs, targets, reduction="sum") / len(targets)  # 0: a perfect reader
         return loss, {task: loss}
 
-    training_loop(out, steps, lr, vlm, optimizer, loss_of, save_every, carry={})
-    vlm.to(torch.bfloat16).save_pretrained(out)
-    processor.save_pretrained(out)
-    (out / "state.pt").unlink()
+    training_loop(args, vlm, loss_of, carry={}, beta_2=0.98, weight_decay=0.05)
+    vlm.to(torch.bfloat16).save_pretrained(args.out)
+    processor.save_pretrained(args.out)
 
 
 def parse_args(argv=None):
     parser = utils.make_parser("tiny.train", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, steps, images in (("base", 12000, 40000), ("vlm", 4000, 20000)):
+    sizes = (("base", 12000, 40000), ("flow", 6000, 40000), ("vlm", 4000, 20000))
+    for name, steps, images in sizes:
         add = commands.add_parser(name, prog="tiny.train", usage=argparse.SUPPRESS).add_argument
         add("--out", required=True, help="folder to write")
         add("--steps", type=int, default=steps, help="(default: %(default)s)")
@@ -460,21 +505,23 @@ def parse_args(argv=None):
         add("--lr", type=float, default=1e-3, help="(default: %(default)s)")
         add("--seed", type=int, default=0, help="(default: %(default)s)")
         add("--pictures", type=int, default=images, help="images drawn to learn from (%(default)s)")
-        if name == "base":
-            add("--width", type=int, default=128, help="(default: %(default)s)")
-            add("--init", help="folder of a base to start from (default: random weights)")
-            add("--anew", nargs="+", default=[], choices=WORDS, help="with --init: see match_words")
+        if name != "vlm":
+            init = str(utils.TINY) if name == "flow" else None
+            add("--init", default=init, help="folder of a base to start from, or to take parts of")
             add("--worded", type=float, default=0.5, help="share with taste words (%(default)s)")
             add("--axes", type=float, nargs=5, default=[1, 1, 1.5, 3, 3], help="named how often")
-            add("--frozen-text", action="store_true", help="train Stage C alone")
             add("--lean", type=float, default=2.0, help="timesteps are 1 - u^lean (%(default)s)")
+        if name == "base":
+            add("--width", type=int, default=128, help="(default: %(default)s)")
+            add("--anew", nargs="+", default=[], choices=WORDS, help="with --init: see match_words")
+            add("--frozen-text", action="store_true", help="train Stage C alone")
             add("--layers", type=int, nargs=2, default=[2, 2], help="blocks a level, down and up")
+        add("--save-every", type=int, default=250, help="steps (default: %(default)s)")
     args = parser.parse_args(argv)
     for key, value in vars(args).items():
         for number in value if isinstance(value, list) else [value]:
             least = -1 if key == "seed" else 0
-            is_number = isinstance(number, int | float) and not isinstance(number, bool)
-            if is_number and not least < number < math.inf:
+            if type(number) in (int, float) and not least < number < math.inf:
                 expected = "0 or more" if key == "seed" else "a number above 0"
                 parser.error(f"{utils.flag(key)} {number}: expected {expected}")
     if args.command == "base" and args.width % 64:
@@ -483,9 +530,14 @@ def parse_args(argv=None):
 
 
 def run(args):
-    settings = vars(args)
-    train = dict(base=train_base, vlm=train_vlm)[settings.pop("command")]
-    train(**settings)
+    train = dict(base=train_base, flow=train_flow, vlm=train_vlm)[args.command]
+    part = dict(base="prior", flow="transformer", vlm="config.json")[args.command]
+    state = Path(args.out) / "state.pt"
+    if state.with_name(part).exists() and not state.exists():
+        raise InputError(f"--out {args.out} holds a finished {args.command}; choose another folder")
+    torch.manual_seed(args.seed)
+    train(args)
+    state.unlink()
 
 
 def main(argv=None):

@@ -29,7 +29,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from data import hash_fraction
-from utils import InputError, make_parser, read_json, run_script
+from utils import InputError, check_flags, make_parser, read_json, run_script
 
 SIDE = 32  # of an image, in pixels
 SUPERSAMPLE = 8  # it is drawn this many times as large
@@ -128,12 +128,9 @@ def draw(color, shape, light=0.5, warm=0.0, size=0.5, x=0.5, y=0.5):
 
 
 def draw_random(rng, caption):
-    """An image of a caption, everything that is left to taste drawn at random. Subjects are more
-    often to the right and low than not: in a world that is the same from all sides a network never
-    learns which side is which."""
-    low = (0.25, -0.12, 0.36, 0, 0)  # light, warm, size, x, y
-    high = (0.75, 0.12, 0.8, 1, 1)
-    light, warm, size, x, y = rng.uniform(low, high)
+    """An image of a caption, what is left to taste drawn at random. Subjects are more often right
+    and low: in a world alike from all sides a network never learns which side is which."""
+    light, warm, size, x, y = rng.uniform((0.25, -0.12, 0.36, 0, 0), (0.75, 0.12, 0.8, 1, 1))
     return draw(*caption.split()[1:3], light, warm, size, math.sqrt(x), math.sqrt(y))
 
 
@@ -256,8 +253,7 @@ def utility(taste, images):
 
 def all_tastes(common=SHARED_LIGHT_BIAS, new=False, angles=16):
     """Every taste that draw_users() draws: weights (N, 5), which of WORDS it is made of (N, 10),
-    and how likely it is (N,). 38 known ones; or the new ones, whose proportions are continuous, on
-    a grid of angles."""
+    and how likely it is (N,). 38 known ones; or the new ones, on a grid of angles."""
     low, high = ANGLES
     if new:
         grid = low + (high - low) * (np.arange(angles) + 0.5) / angles
@@ -364,8 +360,7 @@ def choose(rng, user, taste, pairs, first_id):
 
 def write_data(out, users=1000, pairs=20, seed=1, common=SHARED_LIGHT_BIAS):
     """Preference pairs as parquet in Pick-a-Pic v2's own columns, plus people.json with the true
-    tastes (which no training reads). As in the real data the winner often stays on screen for the
-    next pair, and some pairs are ties."""
+    tastes (which no training reads). As in the real data winners often stay and ties occur."""
     out = Path(out)
     if out.exists():
         raise InputError(f"--out {out} is there already; choose another folder")
@@ -403,11 +398,10 @@ def parse_args(argv=None):
     add("--seed", type=int, default=1, help="(default: %(default)s)")
     add("--common", type=float, default=SHARED_LIGHT_BIAS, help="everybody's liking for light")
     args = parser.parse_args(argv)
-    for name, least in dict(users=1, pairs=1, seed=0).items():
-        if getattr(args, name) < least:
-            parser.error(f"--{name} {getattr(args, name)}: expected {least} or more")
-    if not math.isfinite(args.common):
-        parser.error(f"--common {args.common}: expected a number, 0 for no common taste")
+    check_flags(args, parser.error, "users pairs", lambda v: v >= 1, "1 or more")
+    check_flags(args, parser.error, "seed", lambda v: v >= 0, "0 or more")
+    common = "a number, 0 for no common taste"
+    check_flags(args, parser.error, "common", math.isfinite, common)
     return args
 
 
