@@ -430,6 +430,10 @@ def choices(args):
         by_pair = logits["own"].mean(1).std(), logits["own"].std(1).mean() / N_DRAWS**0.5
         sd, noise = (round(float(value), 4) for value in by_pair)
         result[kind]["logit"] = dict(sd=sd, noise=noise, n=len(chosen))
+        by_t = win_indicator(logits["own"].numpy(), 0).mean(
+            0
+        )  # at each of implicit_logits' timesteps
+        result[kind]["by_t"] = [round(float(rate), 4) for rate in by_t]
     rates = {arm.replace("_", " "): {k: result[k][arm] for k in rows} for arm in right}
     figure = plots.draw_bars("Held-out choices predicted, with 95% intervals", rates, "accuracy")
     report(args, result, choices_table(result), dict(choices=figure))
@@ -516,6 +520,9 @@ def choices_table(result):
         rows.append([f"own minus {titles[arm]}", *cells])
     noise = [f"{r['logit']['sd']:.3g}, {r['logit']['noise']:.3g}" for r in kinds.values()]
     rows.append(["logit at beta 1: s.d. over pairs, of one pair's mean", *noise])
+    if all("by_t" in r for r in kinds.values()):
+        by_t = [" ".join(f"{rate:.2f}" for rate in r["by_t"]) for r in kinds.values()]
+        rows.append(["own embedding, by one timestep, low to high", *by_t])
     own = {KINDS[kind]: r["own"] for kind, r in kinds.items()}
     header = [f"{title}, {r['n']} choices of {r['users']}" for title, r in own.items()]
     return markdown_table(["choices predicted", *header], rows)

@@ -305,6 +305,8 @@ def test_the_whole_way(full_run):
     choices, judged = (evaluation(out / "run", command) for command in ("choices", "judge"))
     for r in [r for kind, r in choices.items() if kind in evaluate.KINDS]:
         assert 2 <= r["own"]["n"] <= 6 and not {"true_taste", "perfect_reader"} & r.keys()
+        halves = [2 * rate * r["own"]["n"] for rate in r["by_t"]]
+        assert len(halves) == 8 and np.allclose(halves, np.round(halves), atol=0.01)
     r = judged["people"]["all"]
     assert all(r[kind] + r["n"] <= 6 for kind in ("inconsistent", "unparsable"))
     # of real users no tastes are known

@@ -389,11 +389,12 @@ def test_the_pages_show_the_results():
     number is there, and README.md has none but those."""
     pages = {page.stem: page.read_text() for page in ROOT.glob("docs/*.md")}
     tables = TABLES | dict(common_0=evaluate.users_table)
-    tables |= dict.fromkeys(("icons", "icons_vlm"), evaluate.choices_table)
+    tables |= dict.fromkeys(("icons", "icons_vlm", "recipe"), evaluate.choices_table)
     assert set(RESULTS) == set(tables)
     rows = set()
     for name, table in tables.items():
-        page = dict(words="drawn-world", ablations="choices").get(name, "results")
+        page = dict.fromkeys(("ablations", "recipe"), "choices") | dict(words="drawn-world")
+        page = page.get(name, "results")
         text = pages[page]
         for line in table(RESULTS[name]).splitlines():
             if line.startswith("|"):
